@@ -1,0 +1,111 @@
+"""The settings under which the flow and its stages run, so that a checkout is self-contained (standard library only).
+
+    python -c "from flows.environment import root; print(root())"
+
+Everything Prefect keeps lies in .work/prefect of the checkout. A server started by `longview up` is used if it is
+alive; otherwise Prefect starts a temporary one, which takes up to half a minute on two cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def root() -> Path:
+    """The checkout: LONGVIEW_ROOT, else the nearest folder above the working directory with dvc.yaml."""
+    named = os.environ.get("LONGVIEW_ROOT")
+    if named:
+        return Path(named).resolve()
+    here = Path.cwd().resolve()
+    return next((p for p in (here, *here.parents) if (p / "dvc.yaml").is_file()), here)
+
+
+def work(*parts: str, base: Path | None = None) -> Path:
+    """A path under .work, which no version control sees."""
+    return (base or root()).joinpath(".work", *parts)
+
+
+def prepare() -> None:
+    """Set what Prefect reads at import. Called once by `flows/__init__.py`."""
+    defaults = {
+        "PREFECT_HOME": str(work("prefect")),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        "DO_NOT_TRACK": "1",
+        "DVC_NO_ANALYTICS": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    url = server_url("prefect")
+    if url:
+        os.environ.setdefault("PREFECT_API_URL", f"{url}/api")
+
+
+def stage_environment(base: Path) -> dict[str, str]:
+    """The environment of a stage's process: this interpreter first on PATH, thread counts explicit."""
+    environment = dict(os.environ)
+    binaries = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join([binaries, environment.get("PATH", "")])
+    for name in THREAD_VARIABLES:
+        environment.setdefault(name, str(cores()))
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment["LONGVIEW_ROOT"] = str(base)
+    return environment
+
+
+def cores() -> int:
+    """Cores this process may use, by affinity and by the control group's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
+def servers(base: Path | None = None) -> dict[str, dict[str, object]]:
+    """What `longview up` wrote: name -> {pid, started, url}. Entries may be dead; see `server_url`."""
+    try:
+        return json.loads(work("servers.json", base=base).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def server_url(name: str, base: Path | None = None) -> str | None:
+    """The address of a running server of this checkout, or None."""
+    entry = servers(base).get(name)
+    if entry and process_started(int(str(entry["pid"]))) == entry["started"]:
+        return str(entry["url"])
+    return None
+
+
+def process_started(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot: with the pid it names a process for good. None if gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return _started_elsewhere(pid)
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def _started_elsewhere(pid: int) -> int | None:
+    if Path("/proc/self/stat").exists():
+        return None
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).create_time() * 100)
+    except psutil.Error:
+        return None

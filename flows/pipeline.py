@@ -1,0 +1,163 @@
+"""DVC's view of the pipeline, in process: the stages in order, and which of them would run.
+
+    python -m flows.pipeline        # one line a stage: up to date, stale or missing, and why
+
+Asking in process costs a quarter of a second for the whole pipeline; a `dvc` command costs more than that each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UP_TO_DATE, STALE, MISSING = "up to date", "stale", "missing"
+
+
+class PipelineError(ValueError):
+    """dvc.yaml or params.yaml cannot be read as a pipeline, or a stage that was named does not exist."""
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """One stage of dvc.yaml, with everything below it."""
+
+    name: str
+    description: str
+    outs: tuple[str, ...]
+    ancestors: frozenset[str]
+
+    @property
+    def round(self) -> str | None:
+        """`r2` for `dpo@r2`; None for stages outside the rounds."""
+        suffix = self.name.partition("@")[2]
+        return suffix if suffix[:1] == "r" and suffix[1:].isdigit() else None
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What DVC says of one stage: `up to date`, `stale` (an input changed) or `missing` (never made, or deleted)."""
+
+    name: str
+    state: str
+    reason: str = ""
+
+
+def stages(root: Path) -> list[StageInfo]:
+    """Every stage, each after all it depends on, in the order of dvc.yaml where that leaves a choice."""
+    import networkx as nx
+
+    with _repo(root) as repo:
+        graph = repo.index.graph  # an edge goes from a stage to the one it depends on
+        found = [s for s in repo.index.stages if s.cmd]
+        position = {s: i for i, s in enumerate(found)}
+        forward = graph.subgraph(found).reverse()
+        order = nx.lexicographical_topological_sort(forward, key=position.__getitem__)
+        return [
+            StageInfo(
+                name=stage.addressing.partition(":")[2] or stage.addressing,
+                description=stage.desc or "",
+                outs=tuple(out.def_path for out in stage.outs),
+                ancestors=frozenset(a.name for a in nx.ancestors(forward, stage)),
+            )
+            for stage in order
+        ]
+
+
+def select(everything: list[StageInfo], until: str | None) -> list[StageInfo]:
+    """The stages needed for `until` (a stage, or the family `dpo` of `dpo@r1`, `dpo@r2`, …); None means all."""
+    if until is None:
+        return everything
+    targets = [s for s in everything if s.name == until or s.name.startswith(f"{until}@")]
+    if not targets:
+        raise PipelineError(f"no stage '{until}'; there are: {', '.join(s.name for s in everything)}")
+    wanted = {t.name for t in targets}.union(*(t.ancestors for t in targets))
+    return [s for s in everything if s.name in wanted]
+
+
+def states(root: Path, names: list[str] | None = None) -> dict[str, StageState]:
+    """What DVC says of each stage now, by itself: an upstream stage that is stale does not show here."""
+    with _repo(root) as repo:
+        found = {s.name: s for s in repo.index.stages if s.cmd}
+        return {name: _state(name, found[name].status()) for name in (names or found)}
+
+
+def data_states(root: Path) -> dict[str, StageState]:
+    """What DVC says of the tracked source data (`*.dvc`)."""
+    with _repo(root) as repo:
+        return {s.addressing: _state(s.addressing, s.status()) for s in repo.index.stages if not s.cmd}
+
+
+def pending(root: Path, names: list[str] | None = None) -> list[str]:
+    """The stages that are not up to date."""
+    return [s.name for s in states(root, names).values() if s.state != UP_TO_DATE]
+
+
+def push(root: Path) -> int:
+    """Copy what the workspace uses to the default remote; return how many files went. Idempotent."""
+    with _repo(root) as repo:
+        return int(repo.push())
+
+
+def _state(name: str, status: dict[str, list[Any]]) -> StageState:
+    entries = next(iter(status.values()), [])
+    changes: dict[str, str] = {}
+    missing = False
+    for entry in entries:
+        if isinstance(entry, str):
+            changes[entry] = ""
+            continue
+        for kind, items in entry.items():
+            missing |= kind == "changed outs" and "deleted" in items.values()
+            changes.update({path: _word(kind, what) for path, what in items.items()})
+    if not changes:
+        return StageState(name, UP_TO_DATE)
+    reason = ", ".join(f"{path} {what}".strip() for path, what in changes.items())
+    return StageState(name, MISSING if missing else STALE, reason)
+
+
+def _word(kind: str, what: Any) -> str:
+    if isinstance(what, dict):  # parameters: {"dpo.beta": "modified"}
+        return "(" + ", ".join(what) + ")"
+    return str(what)
+
+
+@contextmanager
+def _repo(root: Path) -> Iterator[Any]:
+    """The DVC project, locked for the length of a question; waits for another DVC command to end."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo, lock_repo
+
+    try:
+        repo = Repo(str(root), _wait_for_lock=True)
+        try:
+            with _inside(root), lock_repo(repo):
+                yield repo
+        finally:
+            repo.close()
+    except DvcException as error:
+        raise PipelineError(f"DVC: {error}") from error
+
+
+@contextmanager
+def _inside(root: Path) -> Iterator[None]:
+    """DVC names stages and outputs relative to the working directory."""
+    from contextlib import chdir
+
+    with chdir(root):
+        yield
+
+
+def main() -> None:
+    """Print what DVC says of each stage."""
+    from flows.environment import root
+
+    now = states(root())
+    for stage in stages(root()):
+        print(f"{stage.name:24} {now[stage.name].state:12} {now[stage.name].reason}")
+
+
+if __name__ == "__main__":
+    main()

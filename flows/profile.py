@@ -1,0 +1,177 @@
+"""Profiles: params.yaml = profiles/embedded.yaml + one overlay, with the rounds written out.
+
+    python -m flows.profile embedded --rounds 3 [--force]        # what `longview run --profile --rounds` does first
+
+Profile files say `rounds: 3`; params.yaml carries the map that DVC's `foreach` needs (DVC cannot compute t - 1).
+Comments of the embedded profile are kept. Edits made by hand in params.yaml are never lost without --force.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DEFAULT = "embedded"
+HEADER = """The active parameters. Edit freely: DVC reruns what an edit touches. Written from profiles/{name}.yaml by
+    longview run --profile {name} --rounds {rounds}"""
+
+
+class ProfileError(ValueError):
+    """A profile that does not exist or does not fit, or params.yaml edits that would be lost."""
+
+
+def available(root: Path) -> list[str]:
+    """The names of the profiles that this checkout ships."""
+    return sorted(p.stem for p in (root / "profiles").glob("*.yaml"))
+
+
+def rounds_map(count: int) -> dict[str, dict[str, Any]]:
+    """r1 starts from the reasoning agent, each later round from the one before."""
+    if count < 0:
+        raise ProfileError(f"rounds: expected 0 or more, found {count}")
+    policies = ["artifacts/reasoning_sft"] + [f"artifacts/rounds/r{t}/dpo" for t in range(1, count)]
+    return {f"r{t}": {"t": t, "policy": policy} for t, policy in enumerate(policies[:count], start=1)}
+
+
+def build(root: Path, name: str, rounds: int | None = None) -> Any:
+    """The parameters of a profile as a commented mapping, rounds written out."""
+    base = _read(root, DEFAULT)
+    if name != DEFAULT:
+        _merge(base, _read(root, name), f"profiles/{name}.yaml")
+    base["profile"] = name
+    count = base["rounds"] if rounds is None else rounds
+    base["rounds"] = rounds_map(len(count) if isinstance(count, Mapping) else int(count))
+    return base
+
+
+def activate(root: Path, name: str | None = None, rounds: int | None = None, *, force: bool = False) -> list[str]:
+    """Make params.yaml the named profile (None: the active one) with `rounds`; return the keys that changed.
+
+    Without a name only the rounds change and every edit stays. With one, edits made by hand are refused unless
+    `force`, because they would be lost.
+    """
+    path = root / "params.yaml"
+    current = _load(path) if path.exists() else None
+    if current is not None and name in (None, current.get("profile")) and not force:
+        return _set_rounds(path, current, rounds)
+    if current is not None and not force:
+        lost = edits(root, current)
+        if lost:
+            shown = "\n  ".join(lost)
+            raise ProfileError(
+                f"params.yaml carries edits that changing the profile would lose:\n  {shown}\n"
+                "Move them to a file in profiles/, or pass --force to drop them."
+            )
+    target = build(root, name or (current or {}).get("profile", DEFAULT), rounds)
+    changed = differences(current or {}, target)
+    if changed:
+        target.yaml_set_start_comment(HEADER.format(name=target["profile"], rounds=len(target["rounds"])))
+        _write(path, _dump(target))
+    return changed
+
+
+def edits(root: Path, current: Mapping[str, Any]) -> list[str]:
+    """The keys in which params.yaml differs from the profile that it names."""
+    name = str(current.get("profile", DEFAULT))
+    if name not in available(root):
+        return [f"profile: {name} (no such file in profiles/)"]
+    return differences(build(root, name, len(current.get("rounds") or {})), current)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose value differs, with both values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = [*old, *(k for k in new if k not in old)]
+        nested = (differences(old.get(k), new.get(k), f"{prefix}{k}.") for k in keys)
+        return [line for lines in nested for line in lines]
+    return [] if old == new else [f"{prefix.rstrip('.')}: {_short(old)} -> {_short(new)}"]
+
+
+def _set_rounds(path: Path, current: Any, rounds: int | None) -> list[str]:
+    if rounds is None or len(current.get("rounds") or {}) == rounds:
+        return []
+    changed = differences(current.get("rounds") or {}, rounds_map(rounds), "rounds.")
+    current["rounds"] = rounds_map(rounds)
+    _write(path, _dump(current))
+    return changed
+
+
+def _merge(base: Any, overlay: Mapping[str, Any], where: str) -> None:
+    for key, value in overlay.items():
+        if key not in base:
+            close = difflib.get_close_matches(key, list(base), n=1, cutoff=0.5)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise ProfileError(f"{where}: '{key}' is not in profiles/{DEFAULT}.yaml{hint}")
+        if isinstance(base[key], Mapping) and isinstance(value, Mapping):
+            _merge(base[key], value, f"{where}: {key}")
+        else:
+            base[key] = value
+
+
+def _read(root: Path, name: str) -> Any:
+    path = root / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        raise ProfileError(f"no profile '{name}'; there are: {', '.join(available(root)) or 'none'}")
+    return _load(path)
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 110
+    yaml.preserve_quotes = True
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
+
+
+def _load(path: Path) -> Any:
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        data = _yaml().load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise ProfileError(f"{path.name}: not valid YAML: {error}") from None
+    if not isinstance(data, Mapping):
+        raise ProfileError(f"{path.name}: expected a mapping of sections")
+    return data
+
+
+def _dump(data: Any) -> str:
+    text = io.StringIO()
+    _yaml().dump(data, text)
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = repr(dict(value)) if isinstance(value, Mapping) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def main() -> None:
+    """Write params.yaml for the named profile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("profile", nargs="?")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    try:
+        changed = activate(Path.cwd(), args.profile, args.rounds, force=args.force)
+    except ProfileError as error:
+        sys.exit(str(error))
+    print("\n".join(changed) or "params.yaml: nothing to change")
+
+
+if __name__ == "__main__":
+    main()
