@@ -132,7 +132,8 @@ class RunRecord:
         return [max(self.read_models, key=rank).model_id]
 
     def _link_metrics(self, model_ids: Iterable[str]) -> None:
-        name, digest = next(iter(self.inputs.items()), (None, None))
+        name = "data" if "data" in self.inputs else next(iter(self.inputs), None)
+        digest = self.inputs[name] if name else None
         event = {"time_ms": _now_ms(), "dataset_name": name, "dataset_digest": digest}
         for model_id in model_ids:
             rows = [self._metric(k, v, {**event, "model_id": model_id}) for k, v in self.summary.items()]
@@ -232,10 +233,9 @@ def serve(connection: socket.socket) -> None:
         answer = {"error": f"{type(error).__name__}: {error}"}
     try:
         connection.sendall(json.dumps(answer).encode() + b"\n")
-        while "error" in answer and events.get() is not None:
-            pass
+        connection.shutdown(socket.SHUT_WR)
     except OSError:
-        pass
+        pass  # the stage is gone; its run is marked
     finally:
         connection.close()
 
@@ -332,11 +332,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     if arguments.listen_fd is not None:
         _listen(socket.socket(fileno=arguments.listen_fd))
     else:
         serve(socket.socket(fileno=arguments.fd))
+    os._exit(0)  # everything is written; MLflow's own exit hooks take seconds
 
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 STORE = Path(".work/mlflow")
-DEFAULT_URI = f"sqlite:///{STORE.as_posix()}/mlflow.db"
 EXPERIMENT = "longview"
 REGISTERED_MODEL = "longview"
 REACH_TIMEOUT_S = 3.0
@@ -47,7 +46,7 @@ def enabled() -> bool:
 
 def tracking_uri() -> str:
     """Where runs are recorded: MLFLOW_TRACKING_URI, or SQLite below .work/mlflow of this checkout."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(STORE / 'mlflow.db').resolve()}"
 
 
 def check_reachable(uri: str) -> None:
@@ -70,6 +69,7 @@ def client() -> Any:
     check_reachable(uri)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     import mlflow
 
     mlflow.set_tracking_uri(uri)
@@ -131,6 +131,8 @@ class Recorder:
         return answer["run_id"]
 
     def _raise_if_failed(self) -> None:
+        if self._connection.fileno() < 0:
+            raise TrackingError(f"the MLflow recorder has ended. {HINT}")
         if select.select([self._connection], [], [], 0)[0]:
             self._answer()
 
@@ -143,6 +145,7 @@ class Recorder:
         line, _, self._buffer = self._buffer.partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
+            self._connection.close()
             raise TrackingError(f"MLflow at {tracking_uri()} refused the record: {answer['error']}. {HINT}")
         return answer
 
