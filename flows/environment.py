@@ -1,9 +1,9 @@
-"""The settings under which the flow and its stages run, so that a checkout is self-contained (standard library only).
+"""The settings under which the flow and its stages run, so that a checkout is self-contained.
 
     python -c "from flows.environment import root; print(root())"
 
-Everything Prefect keeps lies in .work/prefect of the checkout. A server started by `longview up` is used if it is
-alive; otherwise Prefect starts a temporary one, which takes up to half a minute on two cores.
+Everything Prefect keeps lies in .work/prefect of the checkout. A server started by `longview up` is used if
+it is alive; otherwise Prefect starts a temporary one, which takes up to half a minute on two cores.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def prepare() -> None:
     """Set what Prefect reads at import. Called once by `flows/__init__.py`."""
     defaults = {
         "PREFECT_HOME": str(work("prefect")),
+        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
@@ -45,6 +46,9 @@ def prepare() -> None:
     }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    home = Path(os.environ["PREFECT_HOME"])
+    if (root() / "dvc.yaml").is_file():
+        home.mkdir(parents=True, exist_ok=True)  # Prefect does not make the folders above its own
     url = server_url("prefect")
     if url:
         os.environ.setdefault("PREFECT_API_URL", f"{url}/api")
@@ -92,7 +96,7 @@ def server_url(name: str, base: Path | None = None) -> str | None:
 
 
 def process_started(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: with the pid it names a process for good. None if gone."""
+    """When a process started, in clock ticks since boot: with the pid, unique. None if it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     except (OSError, IndexError):

@@ -2,7 +2,7 @@
 
     python -m flows.pipeline        # one line a stage: up to date, stale or missing, and why
 
-Asking in process costs a quarter of a second for the whole pipeline; a `dvc` command costs more than that each.
+Asking in process costs a quarter of a second for the whole pipeline; a `dvc` command costs more each time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StageInfo:
 
 @dataclass(frozen=True)
 class StageState:
-    """What DVC says of one stage: `up to date`, `stale` (an input changed) or `missing` (never made, or deleted)."""
+    """What DVC says of a stage: `up to date`, `stale` (an input changed), `missing` (not there)."""
 
     name: str
     state: str
@@ -67,7 +67,7 @@ def stages(root: Path) -> list[StageInfo]:
 
 
 def select(everything: list[StageInfo], until: str | None) -> list[StageInfo]:
-    """The stages needed for `until` (a stage, or the family `dpo` of `dpo@r1`, `dpo@r2`, …); None means all."""
+    """The stages needed for `until` (a stage, or a family: `dpo` for `dpo@r1`, …); None means all."""
     if until is None:
         return everything
     targets = [s for s in everything if s.name == until or s.name.startswith(f"{until}@")]

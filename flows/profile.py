@@ -1,8 +1,8 @@
 """Profiles: params.yaml = profiles/embedded.yaml + one overlay, with the rounds written out.
 
-    python -m flows.profile embedded --rounds 3 [--force]        # what `longview run --profile --rounds` does first
+    python -m flows.profile embedded --rounds 3 [--force]        # what `longview run --profile` does first
 
-Profile files say `rounds: 3`; params.yaml carries the map that DVC's `foreach` needs (DVC cannot compute t - 1).
+Profile files say `rounds: 3`; params.yaml carries the map that DVC's `foreach` needs (no t - 1 there).
 Comments of the embedded profile are kept. Edits made by hand in params.yaml are never lost without --force.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT = "embedded"
-HEADER = """The active parameters. Edit freely: DVC reruns what an edit touches. Written from profiles/{name}.yaml by
+HEADER = """The active parameters. Edit freely: DVC reruns what an edit touches. Written from profiles/ by
     longview run --profile {name} --rounds {rounds}"""
 
 
@@ -32,8 +32,8 @@ def available(root: Path) -> list[str]:
 
 def rounds_map(count: int) -> dict[str, dict[str, Any]]:
     """r1 starts from the reasoning agent, each later round from the one before."""
-    if count < 0:
-        raise ProfileError(f"rounds: expected 0 or more, found {count}")
+    if count < 1:
+        raise ProfileError(f"rounds: expected 1 or more, found {count}")
     policies = ["artifacts/reasoning_sft"] + [f"artifacts/rounds/r{t}/dpo" for t in range(1, count)]
     return {f"r{t}": {"t": t, "policy": policy} for t, policy in enumerate(policies[:count], start=1)}
 
@@ -49,11 +49,13 @@ def build(root: Path, name: str, rounds: int | None = None) -> Any:
     return base
 
 
-def activate(root: Path, name: str | None = None, rounds: int | None = None, *, force: bool = False) -> list[str]:
+def activate(
+    root: Path, name: str | None = None, rounds: int | None = None, *, force: bool = False
+) -> list[str]:
     """Make params.yaml the named profile (None: the active one) with `rounds`; return the keys that changed.
 
-    Without a name only the rounds change and every edit stays. With one, edits made by hand are refused unless
-    `force`, because they would be lost.
+    Without a new name only the rounds change and every edit stays. With one, edits made by hand are refused
+    unless `force`, because they would be lost.
     """
     path = root / "params.yaml"
     current = _load(path) if path.exists() else None
@@ -73,6 +75,11 @@ def activate(root: Path, name: str | None = None, rounds: int | None = None, *, 
         target.yaml_set_start_comment(HEADER.format(name=target["profile"], rounds=len(target["rounds"])))
         _write(path, _dump(target))
     return changed
+
+
+def read_rounds(root: Path) -> list[str]:
+    """The names of the rounds in params.yaml."""
+    return list(_load(root / "params.yaml").get("rounds") or {})
 
 
 def edits(root: Path, current: Mapping[str, Any]) -> list[str]:
@@ -161,7 +168,9 @@ def _short(value: Any) -> str:
 
 def main() -> None:
     """Write params.yaml for the named profile."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("profile", nargs="?")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--force", action="store_true")

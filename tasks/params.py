@@ -1,6 +1,6 @@
-"""params.yaml at the boundary: each section becomes one frozen dataclass, strictly, or the run stops with the place.
+"""params.yaml at the boundary: each section becomes one frozen dataclass, or the run stops with the place.
 
-    python -m tasks.params params.yaml      # parse every section with its stage's Params; exit code 1 if one is wrong
+python -m tasks.params params.yaml      # parse every section with its stage's Params
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def read(path: str | Path = PARAMS_FILE) -> dict[str, Any]:
     try:
         data = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ParamsError(f"{path}: not found; run from the checkout's root, or `longview run --profile embedded`") from None
+        raise ParamsError(
+            f"{path}: not found; run from the checkout's root, or `longview run --profile embedded`"
+        ) from None
     except YAMLError as error:
         raise ParamsError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
@@ -70,7 +72,9 @@ def parse(value: Any, kind: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in arguments and type(value) in {type(a) for a in arguments}:
             return value
-        raise ParamsError(f"{where}: expected one of {_list(arguments)}, found {value!r}{_nearest(value, arguments)}")
+        raise ParamsError(
+            f"{where}: expected one of {_list(arguments)}, found {value!r}{_nearest(value, arguments)}"
+        )
     if origin in (list, tuple) or kind in (list, tuple):
         return _parse_sequence(value, origin or kind, arguments, where)
     if origin is dict or kind is dict:
@@ -120,14 +124,18 @@ def _parse_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], where: 
         kinds = arguments
     else:
         kinds = (arguments[0] if arguments else Any,) * len(value)
-    return origin(parse(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True)))
+    return origin(
+        parse(item, kind, f"{where}[{i}]") for i, (item, kind) in enumerate(zip(value, kinds, strict=True))
+    )
 
 
 def _parse_dict(value: Any, arguments: tuple[Any, ...], where: str) -> dict[Any, Any]:
     if not isinstance(value, Mapping):
         raise ParamsError(f"{where}: expected a mapping, found {value!r}")
     key_kind, item_kind = arguments or (Any, Any)
-    return {parse(k, key_kind, f"{where} (key)"): parse(v, item_kind, f"{where}.{k}") for k, v in value.items()}
+    return {
+        parse(k, key_kind, f"{where} (key)"): parse(v, item_kind, f"{where}.{k}") for k, v in value.items()
+    }
 
 
 def _parse_scalar(value: Any, kind: Any, where: str) -> Any:
@@ -159,14 +167,14 @@ def _nearest(name: Any, known: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One preference round: its number and where the policy it starts from lies (DVC cannot compute t - 1)."""
+    """One preference round: its number and where its policy lies (DVC cannot compute t - 1)."""
 
     t: int
     policy: str
 
 
 def validate(path: str | Path = PARAMS_FILE, *, skip_missing: bool = False) -> dict[str, Any]:
-    """Every section of the file, parsed with the `Params` of `tasks.<section>`. Raises ParamsError at the first fault.
+    """Every section, parsed with the `Params` of `tasks.<section>`. Raises ParamsError at the first fault.
 
     With `skip_missing` a section whose module does not exist is left out instead of being an error.
     """
@@ -181,7 +189,9 @@ def validate(path: str | Path = PARAMS_FILE, *, skip_missing: bool = False) -> d
         if importlib.util.find_spec(f"tasks.{section}") is None:
             if skip_missing:
                 continue
-            raise ParamsError(f"{path}: section '{section}' belongs to no stage{_nearest(section, _stage_modules())}")
+            raise ParamsError(
+                f"{path}: section '{section}' belongs to no stage{_nearest(section, _stage_modules())}"
+            )
         cls = getattr(importlib.import_module(f"tasks.{section}"), "Params", None)
         if cls is None:
             raise ParamsError(f"{path}: section '{section}': tasks/{section}.py has no Params")
@@ -193,7 +203,9 @@ def _parse_rounds(value: Any, where: str) -> dict[str, Round]:
     rounds = parse(value, dict[str, Round], where)
     for i, (name, entry) in enumerate(rounds.items(), start=1):
         if name != f"r{i}" or entry.t != i:
-            raise ParamsError(f"{where}: rounds must be r1, r2, … with t: 1, 2, …; found {name} with t: {entry.t}")
+            raise ParamsError(
+                f"{where}: rounds must be r1, r2, … with t: 1, 2, …; found {name} with t: {entry.t}"
+            )
     return rounds
 
 

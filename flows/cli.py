@@ -1,0 +1,30 @@
+"""The command `longview`: run the pipeline, see where it stands, look at the results.
+
+longview --help          # every command has examples under --help
+python -m flows.cli run
+"""
+
+from __future__ import annotations
+
+import typer
+
+from flows.commands import data, doctor, run, servers, status
+
+app = typer.Typer(
+    name="longview",
+    help="From questions about images to a pair of agents that reason about them: run, watch and look.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+app.command()(run.run)
+app.command()(status.status)
+app.command()(status.report)
+app.command()(servers.up)
+app.command()(servers.down)
+app.command()(doctor.doctor)
+app.add_typer(data.app, name="data")
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,103 @@
+"""`longview run`: the flow, or nothing at all when everything is up to date.
+
+longview run --until judge
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated, NoReturn
+
+import typer
+
+Profile = Annotated[str | None, typer.Option("--profile", "-p", help="A file of profiles/, by name.")]
+Rounds = Annotated[int | None, typer.Option("--rounds", "-T", min=1, help="Number of preference rounds T.")]
+Until = Annotated[
+    str | None, typer.Option("--until", help="Stop after this stage (`judge`, `dpo@r2`, `dpo`).")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Drop edits of params.yaml that --profile would overwrite.")
+]
+Timeout = Annotated[float, typer.Option("--stage-timeout", min=0.01, help="Hours one stage may take.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
+
+
+def run(
+    profile: Profile = None,
+    rounds: Rounds = None,
+    until: Until = None,
+    force: Force = False,
+    stage_timeout: Timeout = 24.0,
+    verbose: Verbose = False,
+) -> None:
+    """Bring every stage up to date.
+
+    Without options it runs what params.yaml says. Finished stages are never run again; a run that was killed
+    continues where it stopped.
+
+    Examples:
+
+        longview run
+
+        longview run --profile tiny --rounds 2
+
+        longview run --until judge
+    """
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    began = time.monotonic()
+    from flows import data, pipeline, recovery
+    from flows import profile as profiles
+    from flows.environment import root as find_root
+    from tasks.params import ParamsError
+
+    root = find_root()
+    try:
+        with recovery.exclusive(root) as cleaned:
+            for line in [
+                *cleaned,
+                *(f"params.yaml: {c}" for c in profiles.activate(root, profile, rounds, force=force)),
+            ]:
+                typer.echo(line)
+            names = [s.name for s in pipeline.select(pipeline.stages(root), until)]
+            if data.is_current(root) and not pipeline.pending(root, names):
+                done = f"{len(names)} stages, nothing to run"
+                typer.echo(f"everything is up to date: {done} ({_since(began)})")
+                return
+    except (profiles.ProfileError, pipeline.PipelineError, recovery.BusyError, ParamsError) as error:
+        _stop(error)
+    _flow(profile, rounds, until, force, stage_timeout * 3600, began)
+
+
+def _flow(
+    profile: str | None, rounds: int | None, until: str | None, force: bool, timeout_s: float, began: float
+) -> None:
+    from flows.environment import server_url
+
+    address = server_url("prefect")
+    temporary = "a temporary server is starting (`longview up` keeps one running)"
+    typer.echo(f"Prefect: {address or temporary}")
+    from flows.retrain import EXPECTED, retrain
+
+    try:
+        done = retrain(profile, rounds, until, force, timeout_s)
+    except EXPECTED as error:
+        _stop(error)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; `longview run` continues from here", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(
+        f"{len(done['ran'])} stages run, {len(done['restored'])} restored, {len(done['skipped'])} up to date,"
+        f" {done['pushed']} files pushed, data version {done['data_version']} ({_since(began)})"
+    )
+
+
+def _stop(error: Exception) -> NoReturn:
+    typer.echo(f"\n{error}", err=True)
+    raise typer.Exit(1) from None
+
+
+def _since(began: float) -> str:
+    minutes, seconds = divmod(round(time.monotonic() - began), 60)
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"

@@ -1,0 +1,117 @@
+"""`longview status` and `longview report`: where the pipeline stands and what came out of it.
+
+longview status
+"""
+
+from __future__ import annotations
+
+from contextlib import chdir
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.pipeline import MISSING, UP_TO_DATE, StageState
+
+STYLES = {"up to date": "green", "stale": "yellow", "missing": "red", "waits": "dim"}
+TABLE, REPORT = Path("artifacts/compare/table.md"), Path("artifacts/report")
+
+
+def status(
+    why: Annotated[bool, typer.Option("--why", help="Say in full what changed.")] = False,
+) -> None:
+    """Every stage: up to date, stale (and why), missing, or waiting for one of those; data version; champion.
+
+    Examples:
+
+        longview status
+
+        longview status --why
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from flows import data, pipeline
+    from flows.environment import root
+
+    base = root()
+    try:
+        stages, states = pipeline.stages(base), pipeline.states(base)
+        source = pipeline.data_states(base).get(data.POINTER)
+    except pipeline.PipelineError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from None
+    console = Console(soft_wrap=why)
+    table = Table("stage", "state", "because", box=None, pad_edge=False)
+    behind = {name for name, state in states.items() if state.state != pipeline.UP_TO_DATE}
+    for stage in stages:
+        state, because = _line(states[stage.name], sorted(stage.ancestors & behind), why)
+        table.add_row(stage.name, f"[{STYLES[state]}]{state}[/]", because)
+    console.print(table)
+    console.print(f"\ndata      {data.version(base) or 'none'} ({source.state if source else 'no data.dvc'})")
+    with chdir(base):
+        console.print(f"champion  {_champion()}")
+
+
+def _line(state: StageState, waiting_for: list[str], why: bool) -> tuple[str, str]:
+    if state.state == UP_TO_DATE:
+        return ("waits", f"for {waiting_for[0]}") if waiting_for else (UP_TO_DATE, "")
+    if state.state == MISSING and not why:
+        return MISSING, "not made yet"
+    return state.state, state.reason if why or len(state.reason) < 60 else state.reason[:59] + "…"
+
+
+def _champion() -> str:
+    from tasks import tracking
+
+    if not tracking.enabled():
+        return "unknown: tracking is off"
+    uri = tracking.tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return "none yet"
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = tracking.client().get_model_version_by_alias(tracking.REGISTERED_MODEL, "champion")
+    except (MlflowException, tracking.TrackingError) as error:
+        missing = getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+        return "none yet" if missing else f"unknown: {error}"
+    return f"{tracking.REGISTERED_MODEL} version {version.version} {_origin(version)}".rstrip()
+
+
+def _origin(version: Any) -> str:
+    tags = getattr(version, "tags", {}) or {}
+    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in sorted(tags.items()))
+
+
+def report() -> None:
+    """Print the result table, and where the report with its figures is.
+
+    Example:
+
+        longview report
+    """
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from flows.environment import root, server_url
+
+    base = root()
+    if not (base / TABLE).is_file():
+        typer.echo(f"no results yet ({TABLE} is missing): `longview run`", err=True)
+        raise typer.Exit(1)
+    console, text = Console(), (base / TABLE).read_text(encoding="utf-8")
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        typer.echo(text)
+    found = [
+        base / REPORT / name for name in ("report.html", "report.md") if (base / REPORT / name).is_file()
+    ]
+    for path in found:
+        typer.echo(f"report   {path}")
+    mlflow = server_url("mlflow", base)
+    typer.echo(
+        f"runs     {mlflow}" if mlflow else "runs     `longview up` shows every run in MLflow and Prefect"
+    )
+    typer.echo("stages   longview status")

@@ -1,0 +1,206 @@
+"""The flow: data to report, every stage that DVC finds stale, one at a time, under one MLflow run.
+
+    python -m flows.retrain [--profile embedded] [--rounds 3] [--until judge] [--force]
+    longview run            # the same, and it returns at once if nothing is to be done
+
+Killed at any moment, the next run cleans up, continues and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, chdir, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows import data, pipeline, profile, recovery
+from flows.dpo_rounds import run_rounds
+from flows.environment import root as find_root
+from flows.environment import server_url
+from flows.parent_run import parent_run, read_note, write_note
+from flows.stage import DAY_S, StageFailed
+from flows.walk import Walk, say
+from tasks.params import ParamsError
+from tasks.tracking import TrackingError
+
+TABLE = Path("artifacts/compare/table.md")
+REPORT = Path("artifacts/report/report.html")
+
+
+class InputsChanged(RuntimeError):
+    """A stage is stale after the run: something it reads changed while the run was going."""
+
+
+# Errors that say what to do; anything else is a defect and keeps its traceback.
+EXPECTED = (
+    StageFailed,
+    InputsChanged,
+    data.DataError,
+    pipeline.PipelineError,
+    profile.ProfileError,
+    recovery.BusyError,
+    ParamsError,
+    TrackingError,
+)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did."""
+
+    data_version: str
+    ran: list[str]
+    restored: list[str]
+    skipped: list[str]
+    pushed: int
+
+
+@flow(name="retrain", persist_result=False)
+def retrain(
+    profile_name: str | None = None,
+    rounds: Annotated[int, Field(ge=1, le=99)] | None = None,
+    until: str | None = None,
+    force: bool = False,
+    stage_timeout_s: Annotated[float, Field(gt=0)] = DAY_S,
+) -> dict[str, Any]:
+    """Bring everything up to date. None keeps what params.yaml says; `force` drops edits made there."""
+    root = find_root()
+    with chdir(root), recovery.exclusive(root) as cleaned, _noted(root):
+        for sentence in cleaned:
+            say(sentence)
+        prepare(root, profile_name, rounds, force=force)
+        version = ensure_data(str(root))
+        stages = pipeline.select(pipeline.stages(root), until)
+        names = [s.name for s in stages]
+        with ExitStack() as stack:
+            if pipeline.pending(root, names):
+                stack.enter_context(_recorder())
+            parent = stack.enter_context(parent_run(root, str(profile_of(root))))
+            walk = Walk(root, stages, parent, stage_timeout_s)
+            walk_all(walk)
+            check_nothing_stale(str(root), names)
+            pushed = push(str(root)) if len(walk.did("skipped")) < len(stages) else 0
+            publish(root, parent.opened)
+        return asdict(Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed))
+
+
+def prepare(root: Path, name: str | None, rounds: int | None, *, force: bool = False) -> None:
+    """params.yaml as asked, and nothing left from rounds that it no longer has."""
+    for line in profile.activate(root, name, rounds, force=force):
+        say(f"params.yaml: {line}")
+    kept = set(profile.read_rounds(root))
+    for folder in [*(root / "artifacts/rounds").glob("r*"), *(root / "artifacts/evaluate").glob("r*")]:
+        if folder.name[1:].isdigit() and folder.name not in kept:
+            say(f"{folder.relative_to(root)}: no longer a round, removed (DVC's cache keeps it)")
+            shutil.rmtree(folder)
+
+
+def profile_of(root: Path) -> str:
+    """The name of the active profile."""
+    from tasks.params import read
+
+    return str(read(root / "params.yaml").get("profile", profile.DEFAULT))
+
+
+def walk_all(walk: Walk) -> None:
+    """Stages that the rounds need, the rounds, then the stages that need them."""
+    first_round = {s.name for s in walk.stages if s.round}
+    before = [s for s in walk.stages if not s.round and not s.ancestors & first_round]
+    after = [s for s in walk.stages if not s.round and s.ancestors & first_round]
+    for stage in before:
+        walk.visit(stage)
+    run_rounds(walk)
+    for stage in after:
+        walk.visit(stage)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def ensure_data(root: str) -> str:
+    """data/ as data.dvc says."""
+    return data.ensure(Path(root), say)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def check_nothing_stale(root: str, names: list[str]) -> None:
+    """`--single-item` does not look upstream, so look once at the end."""
+    stale = pipeline.pending(Path(root), names)
+    if stale:
+        raise InputsChanged(
+            f"{', '.join(stale)}: stale after the run, so code, params.yaml or data/ changed meanwhile. "
+            "Run again: only what the change touches will run."
+        )
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)
+def push(root: str) -> int:
+    """`dvc push`: every version that this run made, to the default remote."""
+    return pipeline.push(Path(root))
+
+
+def publish(root: Path, run_id: str | None) -> None:
+    """The result table and where the report is, as Prefect artifacts."""
+    if run_id is None or not (root / TABLE).is_file():
+        return
+    create_markdown_artifact((root / TABLE).read_text(encoding="utf-8"), key="comparison")
+    mlflow = server_url("mlflow", root)
+    link = f"{mlflow}/#/experiments/runs/{run_id}" if mlflow else (root / REPORT).as_uri()
+    create_link_artifact(link, "MLflow run" if mlflow else "report", key="report")
+
+
+@contextmanager
+def _recorder() -> Iterator[None]:
+    from tasks.tracking import shared_recorder
+
+    with shared_recorder():
+        yield
+
+
+@contextmanager
+def _noted(root: Path) -> Iterator[None]:
+    """Mark the Prefect run of a killed run as crashed, and leave our own id for the next."""
+    dead = read_note(root).get("flow_run_id")
+    if dead:
+        from prefect.client.orchestration import get_client
+        from prefect.states import Crashed
+
+        with (
+            suppress(Exception),
+            get_client(sync_client=True) as client,
+        ):  # another server may be in use by now
+            client.set_flow_run_state(dead, Crashed(message="killed; continued by a later run"), force=True)
+    write_note(root, flow_run_id=flow_run.id)
+    yield
+    write_note(root, flow_run_id=None)
+
+
+def main() -> None:
+    """Run the flow from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--until")
+    parser.add_argument("--force", action="store_true")
+    args = parser.parse_args()
+    try:
+        summary = retrain(args.profile, args.rounds, args.until, args.force)
+    except EXPECTED as error:
+        sys.exit(f"\n{error}")
+    print(
+        f"ran {len(summary['ran'])}, restored {len(summary['restored'])}, skipped {len(summary['skipped'])}"
+    )
+
+
+if __name__ == "__main__":
+    main()

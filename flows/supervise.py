@@ -1,0 +1,74 @@
+"""Runs one command and lets nothing of it outlive the process that asked for it (a script).
+
+    python -P flows/supervise.py PARENT_PID -- dvc repro --single-item judge
+
+`kill -9` of the flow leaves its children running: a stage would then train on, beside the one that a second
+run starts. So between the flow and `dvc` stands this process. It ends the whole tree below it when its parent
+is gone, when it is told to stop (SIGTERM), or when the command itself ends and leaves processes behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+POLL_S = 0.2
+GRACE_S = 10.0
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def main() -> int:
+    """Exit with the command's status (128 + signal if it was killed)."""
+    parent, command = int(sys.argv[1]), sys.argv[sys.argv.index("--") + 1 :]
+    stopping = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the stage itself; the flow then sends SIGTERM
+    _prctl(PR_SET_CHILD_SUBREAPER)  # what a killed `dvc` leaves behind becomes our child, not init's
+    process = subprocess.Popen(command, preexec_fn=_die_with_parent)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = process.wait(timeout=POLL_S)
+            _end_descendants()
+            return status if status >= 0 else 128 - status
+        if stopping or os.getppid() != parent:
+            _end_descendants()
+            return 128 + signal.SIGTERM
+
+
+def _die_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prctl(option: int, value: int = 1) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _end_descendants() -> None:
+    """First politely, so that a stage can flush its journal; then by force."""
+    import psutil
+
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        left = psutil.Process().children(recursive=True)
+        for child in left:
+            with contextlib.suppress(psutil.Error):
+                child.send_signal(sign)
+        if left:
+            psutil.wait_procs(left, timeout=GRACE_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""A command whose output is seen live and kept in a log.
+
+    python -c "from pathlib import Path; from flows.terminal import run; run(['ls'], log=Path('ls.log'))"
+
+On a terminal the command gets a pseudo terminal, so its progress bars work; elsewhere a pipe, so it prints
+plain lines. The log holds plain lines in both cases: no colours, the last state of a redrawn line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
+DVC_HINTS = re.compile(  # what DVC tells people who run it by hand
+    rb"Updating lock file 'dvc.lock'\s+|To track the changes with git, run:\s+git add [^\n]*\s+"
+    rb"|To enable auto staging, run:\s+dvc config core.autostage true\s*|Use `dvc push` to send[^\n]*\n"
+)
+SUPERVISOR = Path(__file__).with_name("supervise.py")
+STOP_GRACE_S = 30.0
+
+
+class TimedOut(RuntimeError):
+    """The command ran longer than it was allowed to."""
+
+
+class LogFile:
+    """Appends output to a file as plain lines."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._rest = b""
+
+    def write(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._line(line)
+        self._rest = self._rest[self._rest.rfind(b"\r") :] if self._rest.count(b"\r") > 1 else self._rest
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._rest:
+            self._line(self._rest)
+        self._file.flush()
+
+    def _line(self, line: bytes) -> None:
+        shown = [part for part in ESCAPES.sub(b"", line).rstrip(b"\r").split(b"\r") if part.strip()]
+        self._file.write((shown[-1] if shown else b"") + b"\n")
+
+
+def run(
+    command: Sequence[str],
+    *,
+    log: Path,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    show: bool = True,
+) -> int:
+    """Run under the supervisor and return the exit status; nothing is left running. Raises TimedOut."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    guarded = [sys.executable, "-P", str(SUPERVISOR), str(os.getpid()), "--", *command]
+    reading, writing = _channel(show)
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            guarded, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing
+        )
+        os.close(writing)
+        output = LogFile(file)
+        try:
+            _copy(process, reading, output, timeout_s, show)
+            return process.wait()
+        finally:
+            _stop(process)
+            os.close(reading)
+            output.close()
+
+
+def _channel(show: bool) -> tuple[int, int]:
+    if not (show and sys.stdout.isatty()):
+        return os.pipe()
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    reading, writing = pty.openpty()
+    size = shutil.get_terminal_size()
+    fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", size.lines, size.columns, 0, 0))
+    return reading, writing
+
+
+def _copy(
+    process: subprocess.Popen[bytes], reading: int, log: LogFile, timeout_s: float | None, show: bool
+) -> None:
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        ready, _, _ = select.select([reading], [], [], 0.2)
+        if ready:
+            try:
+                data = os.read(reading, 65536)
+            except OSError:  # a pseudo terminal says end of file this way
+                return
+            if not data:
+                return
+            log.write(data)
+            if show:
+                _display(data)
+        elif process.poll() is not None:
+            return
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimedOut(f"still running after {timeout_s:.0f} s")
+
+
+def _display(data: bytes) -> None:
+    data = DVC_HINTS.sub(b"", data)
+    buffer = getattr(sys.stdout, "buffer", None)
+    with contextlib.suppress(BrokenPipeError):
+        if buffer is None:
+            sys.stdout.write(data.decode("utf-8", "replace"))
+        else:
+            buffer.write(data)
+        sys.stdout.flush()
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def tail(log: Path, lines: int = 15) -> str:
+    """The end of a log, for an error message."""
+    try:
+        text = log.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
