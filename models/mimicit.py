@@ -66,7 +66,7 @@ class Problem:
 class MimicIt:
     """A set as read. train_ids: what is trained on, in file order (everything, without train.json).
 
-    Every id in `train_ids` and in any `rel_ins_ids` is a key of `instructions`; every image id a key of `images`.
+    Ids in `train_ids` and in any `rel_ins_ids` are keys of `instructions`; image ids are keys of `images`.
     """
 
     meta: Meta
