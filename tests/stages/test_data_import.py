@@ -222,6 +222,43 @@ def test_data_in_use_is_not_replaced(checkout, tmp_path):
     assert tree(checkout) == before
 
 
+def test_a_stage_that_starts_while_images_are_read_is_not_disturbed(checkout, tmp_path, monkeypatch):
+    import_folder(make_source(tmp_path / "one"), checkout)
+    before, build = tree(checkout), data_import._build
+
+    def build_while_a_stage_starts(*arguments):
+        lock = {"read": {str(checkout / "data"): [{"pid": os.getppid(), "cmd": "dvc repro"}]}, "write": {}}
+        (checkout / ".dvc" / "tmp" / "rwlock").write_text(json.dumps(lock))
+        return build(*arguments)
+
+    monkeypatch.setattr(data_import, "_build", build_while_a_stage_starts)
+    monkeypatch.setattr(data_import, "_swap", lambda *_: pytest.fail("data/ was touched under a reader"))
+    with pytest.raises(ImportRefused, match="in use"):
+        import_folder(make_source(tmp_path / "two", answer="3"), checkout)
+    assert tree(checkout) == before
+
+
+def test_killed_before_the_kind_is_noted_the_data_still_counts_as_imported(checkout, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(Path(data_import.__file__).parents[1])}
+    one = make_source(tmp_path / "one")
+    command = [sys.executable, "-c", KILLED, str(one), str(checkout), "call:_mark"]
+    assert subprocess.run(command, env=environment).returncode == 9
+    assert "kind" not in (checkout / "data.dvc").read_text(encoding="utf-8")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "r.jsonl").write_text("{}\n")
+    with pytest.raises(ImportRefused, match="none of 1 records"):
+        import_folder(tmp_path / "bad", checkout)
+    assert "kind: import" in (checkout / "data.dvc").read_text(encoding="utf-8")
+
+
+def test_images_of_records_set_aside_are_left_out(checkout, tmp_path):
+    source = make_source(tmp_path / "source")
+    Image.new("RGB", (40, 40), (0, 0, 200)).save(source / "photos" / "only.png")
+    add_line(source, {"id": "x", "images": ["photos/only.png", "none.png"], "question": "?", "answer": "2"})
+    import_folder(source, checkout)
+    assert len(list((checkout / "data" / "images").iterdir())) == 40
+
+
 def test_one_import_at_a_time(checkout, tmp_path):
     source = make_source(tmp_path / "one")
     with (
