@@ -89,7 +89,9 @@ class RunRecord:
             for path, md5 in self.inputs.items()
         ]
         models = [
-            model for md5 in self.inputs.values() for model in models_with(self.client, self.experiment, md5)
+            model
+            for md5 in self.inputs.values()
+            for model in tracking.models_with(self.client, self.experiment, md5)
         ]
         if sets:
             self.client.log_inputs(self.id, sets, [LoggedModelInput(model.model_id) for model in models])
@@ -192,16 +194,6 @@ def dvc_source(path: str, md5: str) -> Any:
             return cls(source_dict["path"], source_dict["md5"])
 
     return DvcSource(path, md5)
-
-
-def models_with(client: Any, experiment: str, md5: str) -> list[Any]:
-    """The newest logged model of each name whose checkpoint, or the stage output around it, has this md5."""
-    newest: dict[str, Any] = {}
-    for tag in ("checkpoint_md5", "out_md5"):
-        order = [{"field_name": "creation_timestamp", "ascending": False}]
-        for model in client.search_logged_models([experiment], f"tags.{tag} = '{md5}'", order_by=order):
-            newest.setdefault(model.name, model)
-    return list(newest.values())
 
 
 def mark_dead_runs(client: Any, experiment: str, stage: str) -> None:

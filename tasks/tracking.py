@@ -70,6 +70,7 @@ def client() -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
 
     mlflow.set_tracking_uri(uri)
@@ -99,6 +100,16 @@ def find_producer(path: str | Path, md5: str | None = None, found: Any = None) -
         [experiment_id(found)], where, order_by=["attributes.start_time DESC"], max_results=1
     )
     return runs[0] if runs else None
+
+
+def models_with(client: Any, experiment: str, md5: str) -> list[Any]:
+    """The newest logged model of each name whose checkpoint, or the stage output around it, has this md5."""
+    newest: dict[str, Any] = {}
+    for tag in ("checkpoint_md5", "out_md5"):
+        order = [{"field_name": "creation_timestamp", "ascending": False}]
+        for model in client.search_logged_models([experiment], f"tags.{tag} = '{md5}'", order_by=order):
+            newest.setdefault(model.name, model)
+    return list(newest.values())
 
 
 class Recorder:

@@ -1,0 +1,148 @@
+"""Compare every system on held-out questions: intervals, paired tests, the 2x2, length, families, rounds.
+
+    python -m tasks.compare
+
+Reads artifacts/evaluate/<system>/predictions.jsonl of base, multi_agent and the rounds of params.yaml
+(leftovers of rounds that are no longer in it are ignored) and artifacts/rounds/<round>/score/metrics.json.
+Writes artifacts/compare/comparison.json and table.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models import results
+from models.records import read_jsonl
+from tasks import params
+from tasks.stage import open_stage, round_floats, write_json
+
+FIRST_SYSTEMS = ("base", "multi_agent")
+EVALUATE, ROUNDS, OUT = Path("artifacts/evaluate"), Path("artifacts/rounds"), Path("artifacts/compare")
+ROUND_FACTS = ("questions", "paths", "failed", "right_share", "reward", "length", "pairs", "agreement")
+
+
+@dataclass(frozen=True)
+class Params:
+    """resamples: bootstrap resamples of every paired difference."""
+
+    resamples: int = 10_000
+
+
+def run(
+    predictions: Mapping[str, results.Rows],
+    rounds: Mapping[str, Mapping[str, Any]],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The comparison of `predictions` by system, in order: each system's predecessor is the one before it."""
+    names = list(predictions)
+    sets = {name: {key: results.select(predictions[name], key) for key in results.SETS} for name in names}
+    systems = {}
+    for index, name in enumerate(names):
+        others = {"base": names[0], "previous": names[index - 1]} if index else {}
+        systems[name] = {
+            "accuracy": {key: results.accuracy(rows) for key, rows in sets[name].items()},
+            "against": {
+                label: {"system": other, **_differences(sets[name], sets[other], resamples, seed)}
+                for label, other in others.items()
+            },
+            "two_by_two": results.two_by_two(sets[name]["reasoning"]),
+            "reasoning_tokens": results.mean_length(sets[name]["reasoning"]),
+            "families": results.by_family(sets[name]["reasoning"]),
+        }
+    facts = {name: {key: rounds[name].get(key) for key in ROUND_FACTS} for name in rounds}
+    return round_floats({"order": names, "systems": systems, "rounds": facts})
+
+
+def table(comparison: Mapping[str, Any]) -> str:
+    """The result table in Markdown, one row a system, in percent."""
+    head = [
+        "System",
+        "Reasoning",
+        "Against base",
+        "Against previous",
+        "Perception",
+        "Validation",
+        "Tokens",
+        "Failed",
+    ]
+    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
+    for name in comparison["order"]:
+        system = comparison["systems"][name]
+        shares, against = system["accuracy"], system["against"]
+        cells = [
+            name,
+            percent(shares["reasoning"]),
+            *(points(against.get(label, {}).get("reasoning")) for label in ("base", "previous")),
+            percent(shares["perception"]),
+            percent(shares["validation"]),
+            "–" if system["reasoning_tokens"] is None else f"{system['reasoning_tokens']:.0f}",
+            str(sum(share["failures"] for share in shares.values())),
+        ]
+        lines.append(" | ".join(cells))
+    questions = {
+        key: share["n"] for key, share in comparison["systems"][comparison["order"][0]]["accuracy"].items()
+    }
+    caption = (
+        f"Accuracy in % with 95% intervals (Wilson) on {questions['reasoning']:,} reasoning and "
+        f"{questions['perception']:,} perception test questions, and {questions['validation']:,} validation "
+        "questions. Differences in points on reasoning with 95% intervals of the paired bootstrap. "
+        "Tokens: mean length of the reasoning. Failed: answers that could not be read, counted as wrong."
+    )
+    return "\n".join([*(f"| {line} |" for line in lines), "", caption, ""])
+
+
+def percent(share: Mapping[str, Any]) -> str:
+    """61.2 (58.7–63.6)"""
+    if share["mean"] is None:
+        return "–"
+    return f"{100 * share['mean']:.1f} ({100 * share['low']:.1f}–{100 * share['high']:.1f})"
+
+
+def points(difference: Mapping[str, Any] | None) -> str:
+    """+4.5 (+2.1 to +6.9)"""
+    if not difference or difference["mean"] is None:
+        return "–"
+    return (
+        f"{100 * difference['mean']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+    )
+
+
+def _differences(
+    own: Mapping[str, results.Rows], other: Mapping[str, results.Rows], resamples: int, seed: int
+) -> dict[str, Any]:
+    return {key: results.difference(own[key], other[key], resamples=resamples, seed=seed) for key in own}
+
+
+def load_predictions(systems: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The predictions of each system, in the order given."""
+    return {name: list(read_jsonl(EVALUATE / name / "predictions.jsonl")) for name in systems}
+
+
+def main() -> None:
+    """Run the stage on this checkout."""
+    settings, rounds = params.load("compare", Params), list(params.read()["rounds"])
+    systems = [*FIRST_SYSTEMS, *rounds]
+    scores = [ROUNDS / name / "score" / "metrics.json" for name in rounds]
+    inputs = [*(EVALUATE / name for name in systems), *scores]
+    with open_stage("compare", params=settings, inputs=inputs, out=OUT) as stage:
+        facts = {name: json.loads(path.read_text("utf-8")) for name, path in zip(rounds, scores, strict=True)}
+        found = run(load_predictions(systems), facts, resamples=settings.resamples, seed=params.seed())
+        write_json(stage.out / "comparison.json", found)
+        text = table(found)
+        (stage.out / "table.md").write_text(text, encoding="utf-8")
+        for name in systems:
+            shares = found["systems"][name]["accuracy"]
+            stage.log_metrics({f"{name}/{key}": share["mean"] for key, share in shares.items() if share["n"]})
+        stage.artifact(stage.out / "comparison.json")
+        stage.artifact(stage.out / "table.md")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
