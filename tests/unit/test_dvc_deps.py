@@ -1,0 +1,29 @@
+"""A stage reruns when code that it imports changes: the deps in dvc.yaml are the import closure."""
+
+from __future__ import annotations
+
+from tests.support import dvc_deps
+from tests.support.imports import REPOSITORY, closure, imported
+
+
+def test_every_stage_depends_on_the_code_it_imports() -> None:
+    wrong = dvc_deps.differences()
+    assert not wrong, f"run `python -m tests.support.dvc_deps --write`:\n{dvc_deps.describe(wrong)}"
+
+
+def test_exemptions_exist_and_say_why() -> None:
+    for path, reason in dvc_deps.EXEMPT.items():
+        assert (REPOSITORY / path).is_file(), f"{path} is exempt but does not exist"
+        assert len(reason) > 10
+
+
+def test_closure_follows_imports_inside_functions() -> None:
+    assert "tasks.fingerprint" in imported("tasks/tracking.py")  # imported inside find_producer
+    assert "tasks/fingerprint.py" in closure("tasks/tracking.py")
+
+
+def test_every_stage_tracks_its_section_and_owns_its_out() -> None:
+    for name, body in dvc_deps.stages(dvc_deps.load()).items():
+        section = dvc_deps.module_of(body).removeprefix("tasks.")
+        assert section in body["params"], f"{name} does not track its section '{section}'"
+        assert all(out.startswith("artifacts/") for out in body["outs"])

@@ -1,0 +1,83 @@
+"""Profiles: overlays, rounds, comments, and edits that are never lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flows import profile
+from tasks import params
+
+EMBEDDED = """\
+profile: embedded
+seed: 0
+# how long
+judge:
+  steps: 3  # of training
+  rate: 1e-3
+rounds: 3
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles/embedded.yaml").write_text(EMBEDDED)
+    (tmp_path / "profiles/big.yaml").write_text("judge: {rate: 1e-5}\nrounds: 2\n")
+    return tmp_path
+
+
+def test_overlay_changes_only_what_it_names(root: Path) -> None:
+    profile.activate(root, "big")
+    found = params.read(root / "params.yaml")
+    assert found["profile"] == "big" and found["judge"] == {"steps": 3, "rate": 1e-5}
+    assert found["rounds"] == {
+        "r1": {"t": 1, "policy": "artifacts/reasoning_sft"},
+        "r2": {"t": 2, "policy": "artifacts/rounds/r1/dpo"},
+    }
+
+
+def test_comments_stay(root: Path) -> None:
+    profile.activate(root, "embedded")
+    text = (root / "params.yaml").read_text()
+    assert "# how long" in text and "# of training" in text
+    profile.activate(root, None, 5)
+    assert "# of training" in (root / "params.yaml").read_text()
+
+
+def test_rounds_alone_keep_edits(root: Path) -> None:
+    profile.activate(root, "embedded")
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("steps: 3", "steps: 9"))
+    changed = profile.activate(root, None, 4)
+    assert len(changed) == 1 and "r4" in changed[0]
+    assert params.read(path)["judge"]["steps"] == 9
+    assert profile.activate(root, None, 4) == [] and profile.activate(root) == []
+
+
+def test_edits_that_would_be_lost_are_refused(root: Path) -> None:
+    profile.activate(root, "embedded")
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("steps: 3", "steps: 9"))
+    with pytest.raises(profile.ProfileError, match=r"judge.steps: 3 -> 9"):
+        profile.activate(root, "big")
+    assert params.read(path)["judge"]["steps"] == 9
+    profile.activate(root, "big", force=True)
+    assert params.read(path)["judge"]["steps"] == 3
+
+
+def test_another_number_of_rounds_is_no_edit(root: Path) -> None:
+    profile.activate(root, "embedded", 5)
+    profile.activate(root, "big")
+    assert len(params.read(root / "params.yaml")["rounds"]) == 2
+
+
+def test_faults_are_named(root: Path) -> None:
+    (root / "profiles/typo.yaml").write_text("judge: {ratee: 1}\n")
+    with pytest.raises(profile.ProfileError, match="did you mean 'rate'"):
+        profile.build(root, "typo")
+    with pytest.raises(profile.ProfileError, match="there are: big, embedded, typo"):
+        profile.build(root, "none")
+    with pytest.raises(profile.ProfileError, match="1 or more"):
+        profile.rounds_map(0)
