@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas import State
 from prefect.states import Completed
 
 from flows import recovery, terminal
@@ -80,7 +81,7 @@ def _is_transient(task: Any, run: Any, state: Any) -> bool:
 )
 def run_stage(
     stage: str, reason: str | None, root: str, parent_run_id: str | None = None, timeout_s: float = DAY_S
-) -> Any:
+) -> State[Any] | Outcome:
     """Run `stage` because of `reason`; without a reason it is up to date, and only shown as skipped."""
     if reason is None:
         return Completed(name="Skipped", message="up to date")

@@ -21,9 +21,13 @@ from pathlib import Path
 from typing import IO
 
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
-DVC_HINTS = re.compile(  # what DVC tells people who run it by hand
-    rb"Updating lock file 'dvc.lock'\s+|To track the changes with git, run:\s+git add [^\n]*\s+"
-    rb"|To enable auto staging, run:\s+dvc config core.autostage true\s*|Use `dvc push` to send[^\n]*\n"
+DVC_HINTS = (  # what DVC tells people who run it by hand
+    b"Updating lock file 'dvc.lock'",
+    b"To track the changes with git, run:",
+    b"\tgit add ",
+    b"To enable auto staging, run:",
+    b"\tdvc config core.autostage true",
+    b"Use `dvc push` to send your updates",
 )
 SUPERVISOR = Path(__file__).with_name("supervise.py")
 STOP_GRACE_S = 30.0
@@ -31,6 +35,28 @@ STOP_GRACE_S = 30.0
 
 class TimedOut(RuntimeError):
     """The command ran longer than it was allowed to."""
+
+
+class WithoutHints:
+    """Drops DVC's hints, and empty lines after them, from output that comes in any pieces."""
+
+    def __init__(self) -> None:
+        self._rest, self._inside, self._dropped = b"", False, False
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the output so far may be shown now."""
+        shown = b""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            drop = not self._inside and (
+                line.startswith(DVC_HINTS) or (self._dropped and not line.strip(b"\r"))
+            )
+            shown += b"" if drop else line + b"\n"
+            self._inside, self._dropped = False, drop
+        may_be_hint = any(hint.startswith(self._rest[: len(hint)]) for hint in DVC_HINTS)
+        if self._rest and (self._inside or not may_be_hint):
+            shown, self._rest, self._inside = shown + self._rest, b"", True
+        return shown
 
 
 class LogFile:
@@ -102,6 +128,7 @@ def _channel(show: bool) -> tuple[int, int]:
 def _copy(
     process: subprocess.Popen[bytes], reading: int, log: LogFile, timeout_s: float | None, show: bool
 ) -> None:
+    wanted = WithoutHints()
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
         ready, _, _ = select.select([reading], [], [], 0.2)
@@ -114,7 +141,7 @@ def _copy(
                 return
             log.write(data)
             if show:
-                _display(data)
+                _display(wanted.feed(data))
         elif process.poll() is not None:
             return
         if deadline is not None and time.monotonic() > deadline:
@@ -122,7 +149,6 @@ def _copy(
 
 
 def _display(data: bytes) -> None:
-    data = DVC_HINTS.sub(b"", data)
     buffer = getattr(sys.stdout, "buffer", None)
     with contextlib.suppress(BrokenPipeError):
         if buffer is None:

@@ -40,7 +40,9 @@ class Walk:
             outcome = Outcome(stage.name, "skipped")
         else:
             say(f"{place} {stage.description} ({_because(state)})")
-            outcome = run_stage(stage.name, state.reason, str(self.root), self.parent.id(), self.timeout_s)
+            done = run_stage(stage.name, state.reason, str(self.root), self.parent.id(), self.timeout_s)
+            assert isinstance(done, Outcome)
+            outcome = done
             self._states.clear()  # its outputs are others' inputs
             did = "done" if outcome.did == "ran" else "restored from the cache"
             say(f"{place} {did} in {_span(outcome.seconds)}")

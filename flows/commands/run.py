@@ -73,9 +73,7 @@ def run(
 def _flow(
     profile: str | None, rounds: int | None, until: str | None, force: bool, timeout_s: float, began: float
 ) -> None:
-    from flows.environment import server_url
-
-    address = server_url("prefect")
+    address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     temporary = "a temporary server is starting (`longview up` keeps one running)"
     typer.echo(f"Prefect: {address or temporary}")
     from flows.retrain import EXPECTED, retrain

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from flows import recovery
-from flows.terminal import LogFile
+from flows.terminal import LogFile, WithoutHints
 
 LOCK = "schema: '2.0'\nstages:\n  a:\n    cmd: true\n"
 
@@ -43,3 +43,14 @@ def test_log_holds_plain_lines() -> None:
         log.write(data)
     log.close()
     assert file.getvalue().decode().splitlines() == ["red", "100%", "end", "no newline"]
+
+
+def test_hints_of_dvc_are_not_shown() -> None:
+    text = (
+        b"Running stage 'a':\n\n10%\r20%\nUpdating lock file 'dvc.lock'\n\n"
+        b"To track the changes with git, run:\n\n\tgit add dvc.lock\n\nUse `dvc push` to send your updates to remote storage.\nTotal 5\n"
+    )
+    for size in (1, 7, len(text)):
+        wanted = WithoutHints()
+        shown = b"".join(wanted.feed(text[i : i + size]) for i in range(0, len(text), size))
+        assert shown == b"Running stage 'a':\n\n10%\r20%\nTotal 5\n"
