@@ -23,6 +23,7 @@ from typing import IO
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
 DVC_HINTS = (  # what DVC tells people who run it by hand
     b"Updating lock file 'dvc.lock'",
+    b"Generating lock file 'dvc.lock'",
     b"To track the changes with git, run:",
     b"\tgit add ",
     b"To enable auto staging, run:",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +23,16 @@ def prefect_server() -> Iterator[str]:
         yield str(PREFECT_API_URL.value())
 
 
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A miniature project to copy."""
+    return make_project(tmp_path_factory.mktemp("template") / "project")
+
+
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A miniature project that the flows take for the checkout."""
-    folder = make_project(tmp_path / "project")
+    folder = shutil.copytree(template, tmp_path / "project")
     monkeypatch.setenv("LONGVIEW_ROOT", str(folder))
     monkeypatch.setenv("LONGVIEW_TRACKING", "off")
     monkeypatch.chdir(folder)

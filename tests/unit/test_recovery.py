@@ -48,7 +48,8 @@ def test_log_holds_plain_lines() -> None:
 def test_hints_of_dvc_are_not_shown() -> None:
     text = (
         b"Running stage 'a':\n\n10%\r20%\nUpdating lock file 'dvc.lock'\n\n"
-        b"To track the changes with git, run:\n\n\tgit add dvc.lock\n\nUse `dvc push` to send your updates to remote storage.\nTotal 5\n"
+        b"To track the changes with git, run:\n\n\tgit add dvc.lock\n\n"
+        b"Use `dvc push` to send your updates to remote storage.\nTotal 5\n"
     )
     for size in (1, 7, len(text)):
         wanted = WithoutHints()
