@@ -8,7 +8,7 @@ failure. An answer that failed counts as wrong, and is counted as failed besides
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -72,3 +72,67 @@ def by_family(rows: Rows) -> dict[str, dict[str, Any]]:
     for row in rows:
         families.setdefault(row.get("family") or "unnamed", []).append(row)
     return {name: accuracy(families[name]) for name in sorted(families)}
+
+
+def percent(share: Mapping[str, Any]) -> str:
+    """61.2 (58.7–63.6)"""
+    if share["mean"] is None:
+        return "–"
+    return f"{100 * share['mean']:.1f} ({100 * share['low']:.1f}–{100 * share['high']:.1f})"
+
+
+def points(difference: Mapping[str, Any] | None) -> str:
+    """+4.5 (+2.1 to +6.9)"""
+    if not difference or difference["mean"] is None:
+        return "–"
+    return (
+        f"{100 * difference['mean']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
+    )
+
+
+HEAD = (
+    "System",
+    "Reasoning",
+    "Against base",
+    "Against previous",
+    "Perception",
+    "Validation",
+    "Tokens",
+    "Failed",
+)
+
+
+def table_rows(
+    comparison: Mapping[str, Any], title: Callable[[str], str] = str, best: str | None = None
+) -> dict[str, Any]:
+    """The result table as text cells, one row a system, in percent and points; `best` marks a row."""
+    rows = []
+    for name in comparison["order"]:
+        system = comparison["systems"][name]
+        shares, against, tokens = system["accuracy"], system["against"], system["reasoning_tokens"]
+        cells = [
+            title(name),
+            percent(shares["reasoning"]),
+            *(points(against.get(label, {}).get("reasoning")) for label in ("base", "previous")),
+            percent(shares["perception"]),
+            percent(shares["validation"]),
+            "–" if tokens is None else f"{tokens:.0f}",
+            str(sum(share["failures"] for share in shares.values())),
+        ]
+        rows.append({"cells": cells, "best": name == best})
+    n = {key: share["n"] for key, share in comparison["systems"][comparison["order"][0]]["accuracy"].items()}
+    caption = (
+        f"Accuracy in % with 95% intervals (Wilson) on {n['reasoning']:,} reasoning and {n['perception']:,} "
+        f"perception test questions, and {n['validation']:,} validation questions. Differences in points on "
+        "reasoning, with 95% intervals of the paired bootstrap. Tokens: mean length of the reasoning. "
+        "Failed: answers that could not be read, counted as wrong."
+    )
+    return {"head": list(HEAD), "rows": rows, "caption": caption}
+
+
+def table(comparison: Mapping[str, Any]) -> str:
+    """The result table in Markdown."""
+    found = table_rows(comparison)
+    rule = ["---", *["---:"] * (len(HEAD) - 1)]
+    lines = [found["head"], rule, *(row["cells"] for row in found["rows"])]
+    return "\n".join([*("| " + " | ".join(line) + " |" for line in lines), "", found["caption"], ""])

@@ -59,60 +59,6 @@ def run(
     return round_floats({"order": names, "systems": systems, "rounds": facts})
 
 
-def table(comparison: Mapping[str, Any]) -> str:
-    """The result table in Markdown, one row a system, in percent."""
-    head = [
-        "System",
-        "Reasoning",
-        "Against base",
-        "Against previous",
-        "Perception",
-        "Validation",
-        "Tokens",
-        "Failed",
-    ]
-    lines = [" | ".join(head), " | ".join(["---", *["---:"] * (len(head) - 1)])]
-    for name in comparison["order"]:
-        system = comparison["systems"][name]
-        shares, against = system["accuracy"], system["against"]
-        cells = [
-            name,
-            percent(shares["reasoning"]),
-            *(points(against.get(label, {}).get("reasoning")) for label in ("base", "previous")),
-            percent(shares["perception"]),
-            percent(shares["validation"]),
-            "–" if system["reasoning_tokens"] is None else f"{system['reasoning_tokens']:.0f}",
-            str(sum(share["failures"] for share in shares.values())),
-        ]
-        lines.append(" | ".join(cells))
-    questions = {
-        key: share["n"] for key, share in comparison["systems"][comparison["order"][0]]["accuracy"].items()
-    }
-    caption = (
-        f"Accuracy in % with 95% intervals (Wilson) on {questions['reasoning']:,} reasoning and "
-        f"{questions['perception']:,} perception test questions, and {questions['validation']:,} validation "
-        "questions. Differences in points on reasoning with 95% intervals of the paired bootstrap. "
-        "Tokens: mean length of the reasoning. Failed: answers that could not be read, counted as wrong."
-    )
-    return "\n".join([*(f"| {line} |" for line in lines), "", caption, ""])
-
-
-def percent(share: Mapping[str, Any]) -> str:
-    """61.2 (58.7–63.6)"""
-    if share["mean"] is None:
-        return "–"
-    return f"{100 * share['mean']:.1f} ({100 * share['low']:.1f}–{100 * share['high']:.1f})"
-
-
-def points(difference: Mapping[str, Any] | None) -> str:
-    """+4.5 (+2.1 to +6.9)"""
-    if not difference or difference["mean"] is None:
-        return "–"
-    return (
-        f"{100 * difference['mean']:+.1f} ({100 * difference['low']:+.1f} to {100 * difference['high']:+.1f})"
-    )
-
-
 def _differences(
     own: Mapping[str, results.Rows], other: Mapping[str, results.Rows], resamples: int, seed: int
 ) -> dict[str, Any]:
@@ -134,7 +80,7 @@ def main() -> None:
         facts = {name: json.loads(path.read_text("utf-8")) for name, path in zip(rounds, scores, strict=True)}
         found = run(load_predictions(systems), facts, resamples=settings.resamples, seed=params.seed())
         write_json(stage.out / "comparison.json", found)
-        text = table(found)
+        text = results.table(found)
         (stage.out / "table.md").write_text(text, encoding="utf-8")
         for name in systems:
             shares = found["systems"][name]["accuracy"]

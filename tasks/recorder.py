@@ -241,14 +241,13 @@ def _record(events: queue.Queue) -> str | None:
         batch = _take(events)
         record.metrics(event for event in batch if event and event["op"] == "metrics")
         for event in batch:
-            op = "close" if event is None else event["op"]
-            if op == "artifact":
-                record.artifacts.append((event["path"], event.get("under")))
-            elif op == "model":
-                record.models.append(event)
-            elif op == "close":
+            if event is None or event["op"] == "close":
                 record.close(event or {"status": "KILLED"})
                 return record.id
+            if event["op"] == "artifact":
+                record.artifacts.append((event["path"], event.get("under")))
+            elif event["op"] == "model":
+                record.models.append(event)
 
 
 def _take(events: queue.Queue) -> list[dict[str, Any] | None]:

@@ -149,7 +149,10 @@ def manifest(name: str, inputs: Mapping[str, str], params: Mapping[str, Any], ou
 
 def plain(params: object | Mapping[str, Any]) -> dict[str, Any]:
     """Parameters (a dataclass or a mapping) as what JSON can hold."""
-    tree = dataclasses.asdict(params) if dataclasses.is_dataclass(params) else dict(params)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(params) and not isinstance(params, type):
+        tree: Any = dataclasses.asdict(params)
+    else:
+        tree = params
     return json.loads(json.dumps(tree, default=str))
 
 

@@ -197,7 +197,8 @@ def shared_recorder() -> Iterator[None]:
             os.environ.pop("LONGVIEW_RECORDER")
             if previous:
                 os.environ["LONGVIEW_RECORDER"] = previous
-            process.stdin.close()
+            if process.stdin:
+                process.stdin.close()
             process.wait(timeout=ANSWER_TIMEOUT_S)
 
 

@@ -1,6 +1,6 @@
 """Intervals, paired differences and rank agreement: ties, nothing, one item.
 
-    pytest tests/unit/test_statistics.py
+pytest tests/unit/test_statistics.py
 """
 
 import numpy as np
