@@ -1,6 +1,6 @@
 """The records that travel between stages, and their one file format (JSON lines, UTF-8, keys in written order).
 
-    python -c "from models.records import read_jsonl; print(next(read_jsonl('data/records.jsonl')))"
+python -c "from models.records import read_jsonl; print(next(read_jsonl('data/records.jsonl')))"
 """
 
 from __future__ import annotations
@@ -102,18 +102,22 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def _build(cls: type, row: dict[str, Any], where: str) -> Any:
     known = cls.__dataclass_fields__
-    missing = [name for name in ("id", "question_id", "question", "answer") if name in known and name not in row]
+    missing = [
+        name for name in ("id", "question_id", "question", "answer") if name in known and name not in row
+    ]
     if missing:
         raise RecordError(f"{where}: missing {', '.join(missing)}")
     return cls(**{key: value for key, value in row.items() if key in known})
 
 
-def read_questions(path: str | Path, *, split: str | None = None, set: str | None = None, pool: str | None = None) -> list[Question]:
+def read_questions(
+    path: str | Path, *, split: str | None = None, set: str | None = None, pool: str | None = None
+) -> list[Question]:
     """Questions of a records file, filtered; a record without a pool belongs to every pool."""
     rows = []
     for row in read_jsonl(path):
         question = _build(Question, row, str(path))
-        if split and question.split != split or set and question.set != set:
+        if (split and question.split != split) or (set and question.set != set):
             continue
         if pool and question.pool not in (None, pool):
             continue

@@ -1,0 +1,82 @@
+"""The oracle: what the annotation says of every step of a path on a board. It measures judges; it trains none but
+the embedded one, and no stage that a user's own data passes through needs it.
+
+    python -c "from models.boards.oracle import claims; print(claims('row 2 is 3 5 8, 3 + 5 = 9'))"
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.boards.questions import line_digits
+from models.records import Step
+
+_READ = re.compile(r"(row \d|column \d|other diagonal|diagonal)( backwards)? is ((?:\d ?)+)$")
+_ARITHMETIC = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)$")
+_COMPARISON = re.compile(r"(\d+) ([<>=]) (\d+)$")
+_COUNT = re.compile(r"((?:\d ?)+|none )make (\d+)$")
+_PARITY = re.compile(r"(\d+) is (even|odd)$")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one path: checkable claims, how many are false, and the oracle's score 1-100."""
+
+    claims: int
+    wrong: int
+    score: int
+
+    @property
+    def step_accuracy(self) -> float:
+        """Share of claims that are true (1.0 for a path that claims nothing that can be checked)."""
+        return 1.0 - self.wrong / self.claims if self.claims else 1.0
+
+
+def claims(content: str) -> list[str]:
+    """The statements of a step, split at commas."""
+    return [part.strip() for part in content.split(",") if part.strip()]
+
+
+def check_claim(claim: str, digits: np.ndarray) -> bool | None:
+    """Whether a statement is true of the board; None where it says nothing that can be checked."""
+    if match := _READ.match(claim):
+        line, backwards, said = match.groups()
+        try:
+            truth = line_digits(digits, line)
+        except IndexError:
+            return False
+        return [int(d) for d in said.split()] == (truth[::-1] if backwards else truth)
+    if match := _ARITHMETIC.match(claim):
+        a, sign, b, c = match.groups()
+        return int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+    if match := _COMPARISON.match(claim):
+        a, sign, b = match.groups()
+        return {"<": int(a) < int(b), ">": int(a) > int(b), "=": int(a) == int(b)}[sign]
+    if match := _COUNT.match(claim):
+        return (
+            len(match.group(1).split()) == int(match.group(2))
+            if match.group(1) != "none "
+            else match.group(2) == "0"
+        )
+    if match := _PARITY.match(claim):
+        return ("odd" if int(match.group(1)) % 2 else "even") == match.group(2)
+    return None
+
+
+def assess_path(steps: Sequence[Step], answer_right: bool, digits: np.ndarray) -> Verdict:
+    """Score a path as Insight-V's judge is asked to (section 3.2): step accuracy and detail, 1-100.
+
+    Detail sets the ceiling (an answer without working 20, reads 55, worked out 85, checked 95); every false claim
+    costs 30, a wrong answer 40.
+    """
+    results = [check_claim(claim, digits) for step in steps for claim in claims(step.content)]
+    checked = [result for result in results if result is not None]
+    wrong = checked.count(False)
+    titles = {step.title for step in steps}
+    ceiling = 95 if "Check" in titles else 85 if "Work" in titles else 55 if "Read" in titles else 20
+    score = ceiling - 30 * wrong - (0 if answer_right else 40)
+    return Verdict(len(checked), wrong, max(1, min(100, score)))

@@ -1,0 +1,287 @@
+"""Question families on boards: twelve kinds that need one to four reads and some arithmetic, and single reads.
+
+    python -c "import numpy as np; from models.boards.questions import ask; print(ask(np.random.default_rng(0)))"
+
+A read is one look at a line (a row, a column, a diagonal). Every family is a function of a random generator that
+sets the digits it needs, and gives the text, the answer and the plan: what to look at and how to work it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.boards.scans import SIDE
+
+Digits = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to answer: the lines to read, the working after each line, and the closing working.
+
+    reads: (line name, its digits); work: for each read, statements such as "3 + 5 = 8"; close: statements that
+    join the lines.
+    """
+
+    reads: list[tuple[str, list[int]]]
+    work: list[list[str]]
+    close: list[str]
+
+
+@dataclass(frozen=True)
+class BoardQuestion:
+    """A question with its answer, the digits of the board and the plan that leads to the answer."""
+
+    family: str
+    text: str
+    answer: str
+    digits: Digits
+    plan: Plan
+    condition: dict[str, Any] = field(default_factory=dict)
+
+
+class Resample(Exception):
+    """The drawn digits do not give a question with one answer: draw again."""
+
+
+def line_digits(digits: Digits, line: str) -> list[int]:
+    """The digits along "row 2", "column 1", "diagonal" (down) or "other diagonal" (up), left to right / top down."""
+    if line == "diagonal":
+        return [int(digits[i, i]) for i in range(SIDE)]
+    if line == "other diagonal":
+        return [int(digits[SIDE - 1 - i, i]) for i in range(SIDE)]
+    kind, number = line.split()
+    index = int(number) - 1
+    return [int(d) for d in (digits[index] if kind == "row" else digits[:, index])]
+
+
+def running_sum(values: list[int]) -> list[str]:
+    """Statements of a running sum: [3, 5, 8] -> ["3 + 5 = 8", "8 + 8 = 16"]."""
+    total, statements = values[0], []
+    for value in values[1:]:
+        statements.append(f"{total} + {value} = {total + value}")
+        total += value
+    return statements
+
+
+def _line(generator: np.random.Generator) -> str:
+    return f"{generator.choice(['row', 'column'])} {generator.integers(1, SIDE + 1)}"
+
+
+def _two_lines(generator: np.random.Generator) -> tuple[str, str]:
+    kind = generator.choice(["row", "column"])
+    first, second = generator.permutation(SIDE)[:2] + 1
+    return f"{kind} {first}", f"{kind} {second}"
+
+
+def _sum_line(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    line = _line(generator)
+    values = line_digits(digits, line)
+    plan = Plan([(line, values)], [running_sum(values)], [])
+    return BoardQuestion("sum_line", f"What is the sum of {line}?", str(sum(values)), digits, plan)
+
+
+def _sum_diagonal(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    line = str(generator.choice(["diagonal", "other diagonal"]))
+    values = line_digits(digits, line)
+    plan = Plan([(line, values)], [running_sum(values)], [])
+    return BoardQuestion("sum_diagonal", f"What is the sum of the {line}?", str(sum(values)), digits, plan)
+
+
+def _difference(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    first, second = _two_lines(generator)
+    one, two = line_digits(digits, first), line_digits(digits, second)
+    high, low = max(sum(one), sum(two)), min(sum(one), sum(two))
+    plan = Plan(
+        [(first, one), (second, two)],
+        [running_sum(one), running_sum(two)],
+        [f"{high} - {low} = {high - low}"],
+    )
+    text = f"What is the difference between the sums of {first} and {second}?"
+    return BoardQuestion("difference", text, str(high - low), digits, plan)
+
+
+def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    first, second = _two_lines(generator)
+    one, two = line_digits(digits, first), line_digits(digits, second)
+    if sum(one) == sum(two):
+        raise Resample
+    answer = first if sum(one) > sum(two) else second
+    sign = ">" if sum(one) > sum(two) else "<"
+    plan = Plan(
+        [(first, one), (second, two)],
+        [running_sum(one), running_sum(two)],
+        [f"{sum(one)} {sign} {sum(two)}"],
+    )
+    return BoardQuestion("compare", f"Which has the larger sum, {first} or {second}?", answer, digits, plan)
+
+
+def _condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool], dict[str, Any]]:
+    kind = generator.choice(["greater", "less", "even", "odd"])
+    limit = int(generator.integers(2, 8))
+    if kind == "greater":
+        return f"greater than {limit}", lambda d: d > limit, {"greater": limit}
+    if kind == "less":
+        return f"less than {limit}", lambda d: d < limit, {"less": limit}
+    return str(kind), lambda d: d % 2 == (kind == "odd"), {"parity": str(kind)}
+
+
+def _counting(
+    lines: list[tuple[str, list[int]]], holds: Callable[[int], bool]
+) -> tuple[list[list[str]], list[str], int]:
+    """Working of a count over lines: the digits that hold and how many, a running total at the end."""
+    kept = [[d for d in values if holds(d)] for _, values in lines]
+    work = [[f"{' '.join(map(str, keep)) or 'none'} make {len(keep)}"] for keep in kept]
+    counts = [len(keep) for keep in kept]
+    return work, running_sum(counts) if len(counts) > 1 else [], sum(counts)
+
+
+def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    first, second = _two_lines(generator)
+    phrase, holds, condition = _condition(generator)
+    lines = [(line, line_digits(digits, line)) for line in (first, second)]
+    work, close, total = _counting(lines, holds)
+    plan = Plan(lines, work, close)
+    text = f"How many digits in {first} and {second} are {phrase}?"
+    return BoardQuestion("count_lines", text, str(total), digits, plan, condition)
+
+
+def _count_board(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    phrase, holds, condition = _condition(generator)
+    lines = [(f"row {row}", line_digits(digits, f"row {row}")) for row in range(1, SIDE + 1)]
+    work, close, total = _counting(lines, holds)
+    plan = Plan(lines, work, close)
+    return BoardQuestion("count_board", f"How many digits are {phrase}?", str(total), digits, plan, condition)
+
+
+def _two_conditions(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    first, second = _two_lines(generator)
+    parity, limit = str(generator.choice(["even", "odd"])), int(generator.integers(2, 7))
+    lines = [(line, line_digits(digits, line)) for line in (first, second)]
+    work, close, total = _counting(lines, lambda d: d % 2 == (parity == "odd") and d > limit)
+    plan = Plan(lines, work, close)
+    text = f"How many digits in {first} and {second} are {parity} and greater than {limit}?"
+    return BoardQuestion(
+        "two_conditions", text, str(total), digits, plan, {"parity": parity, "greater": limit}
+    )
+
+
+def _extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
+    """Statements of a running comparison and the largest (smallest) value."""
+    best, statements = values[0], []
+    for value in values[1:]:
+        sign = ">" if best > value else "<" if best < value else "="
+        statements.append(f"{best} {sign} {value}")
+        best = max(best, value) if largest else min(best, value)
+    return statements, best
+
+
+def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    line, largest = _line(generator), bool(generator.integers(2))
+    values = line_digits(digits, line)
+    work, best = _extreme(values, largest)
+    word = "largest" if largest else "smallest"
+    plan = Plan([(line, values)], [work], [])
+    return BoardQuestion("largest", f"What is the {word} digit in {line}?", str(best), digits, plan)
+
+
+def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    row, largest = int(generator.integers(1, SIDE + 1)), bool(generator.integers(2))
+    values = line_digits(digits, f"row {row}")
+    work, best = _extreme(values, largest)
+    if values.count(best) > 1:
+        raise Resample
+    column, word = values.index(best) + 1, "largest" if largest else "smallest"
+    plan = Plan([(f"row {row}", values)], [work], [f"the {word} is {best}"])
+    text = f"In which column of row {row} is the {word} digit?"
+    return BoardQuestion("where", text, f"column {column}", digits, plan)
+
+
+def _parity(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    line = _line(generator)
+    values = line_digits(digits, line)
+    answer = "odd" if sum(values) % 2 else "even"
+    plan = Plan([(line, values)], [running_sum(values)], [f"{sum(values)} is {answer}"])
+    return BoardQuestion("parity", f"Is the sum of {line} even or odd?", answer, digits, plan)
+
+
+def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    line = _line(generator)
+    kind, number = line.split()
+    if generator.integers(2):
+        ordered = np.sort(generator.choice(10, size=SIDE, replace=False))
+        digits = digits.copy()
+        if kind == "row":
+            digits[int(number) - 1] = ordered
+        else:
+            digits[:, int(number) - 1] = ordered
+    values = line_digits(digits, line)
+    signs = ["<" if a < b else ">" if a > b else "=" for a, b in zip(values, values[1:], strict=False)]
+    work = [f"{a} {sign} {b}" for a, sign, b in zip(values, signs, values[1:], strict=False)]
+    answer = "yes" if signs == ["<"] * (SIDE - 1) else "no"
+    plan = Plan([(line, values)], [work], [])
+    return BoardQuestion("order", f"Do the digits of {line} increase?", answer, digits, plan)
+
+
+def _largest_line(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    kind = str(generator.choice(["row", "column"]))
+    lines = [(f"{kind} {i}", line_digits(digits, f"{kind} {i}")) for i in range(1, SIDE + 1)]
+    sums = [sum(values) for _, values in lines]
+    close, best = _extreme(sums, largest=True)
+    if sums.count(best) > 1:
+        raise Resample
+    answer = lines[sums.index(best)][0]
+    plan = Plan(lines, [running_sum(values) for _, values in lines], close)
+    return BoardQuestion("largest_line", f"Which {kind} has the largest sum?", answer, digits, plan)
+
+
+FAMILIES: dict[str, Callable[[Digits, np.random.Generator], BoardQuestion]] = {
+    "sum_line": _sum_line,
+    "sum_diagonal": _sum_diagonal,
+    "difference": _difference,
+    "compare": _compare,
+    "count_lines": _count_lines,
+    "count_board": _count_board,
+    "two_conditions": _two_conditions,
+    "largest": _largest,
+    "where": _where,
+    "parity": _parity,
+    "order": _order,
+    "largest_line": _largest_line,
+}
+
+
+def random_digits(generator: np.random.Generator) -> Digits:
+    """A board's digits [SIDE, SIDE], uniform 0-9."""
+    return generator.integers(0, 10, size=(SIDE, SIDE))
+
+
+def ask(generator: np.random.Generator, family: str | None = None) -> BoardQuestion:
+    """A random question with its board; of the named family, or of any."""
+    name = family or str(generator.choice(list(FAMILIES)))
+    while True:
+        try:
+            return FAMILIES[name](random_digits(generator), generator)
+        except Resample:
+            continue
+
+
+def ask_on(digits: Digits, generator: np.random.Generator, family: str) -> BoardQuestion | None:
+    """A question of the family on a given board, or None if these digits give none."""
+    try:
+        question = FAMILIES[family](digits, generator)
+    except Resample:
+        return None
+    return question if np.array_equal(question.digits, digits) else None
+
+
+def ask_cell(digits: Digits, generator: np.random.Generator) -> tuple[str, str, dict[str, Any]]:
+    """A single read (perception): text, answer, and which cell."""
+    row, column = (int(x) for x in generator.integers(1, SIDE + 1, size=2))
+    text = f"Which digit is in row {row}, column {column}?"
+    return text, str(int(digits[row - 1, column - 1])), {"row": row, "column": column}

@@ -1,0 +1,107 @@
+"""Preference pairs from scored paths (METHOD 1.4). Rules are pure functions by name; ties never make a pair.
+
+    from models.pairing import RULES, build_pairs
+
+A rule takes the paths of one question and gives (chosen, rejected) pairs, or the reason why there is none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from models.records import FailedPath, ReasoningPath
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two completions of one question; margin: the judge's score of chosen less that of rejected."""
+
+    question_id: str
+    chosen: str
+    rejected: str
+    chosen_score: int
+    rejected_score: int
+    margin: int
+
+
+Outcome = list[tuple[ReasoningPath, ReasoningPath]] | str
+Rule = Callable[[Sequence[ReasoningPath], int], Outcome]
+
+
+def best_right_vs_worst_wrong(paths: Sequence[ReasoningPath], pairs: int) -> Outcome:
+    """The best-scored right paths against the worst-scored wrong ones, rank by rank (MPO, arXiv 2411.10442, 3.1)."""
+    right = sorted((p for p in paths if p.right is True), key=lambda p: (-(p.score or 0), p.sample))
+    wrong = sorted((p for p in paths if p.right is False), key=lambda p: ((p.score or 0), p.sample))
+    if not right or not wrong:
+        return "all_wrong" if not right else "all_right"
+    return list(zip(right[:pairs], wrong[:pairs], strict=False))
+
+
+def best_vs_worst_score(paths: Sequence[ReasoningPath], pairs: int) -> Outcome:
+    """The highest reward against the lowest, ties dropped; a wrong answer counts as less than any right one (RLHFlow)."""
+
+    def rank(path: ReasoningPath) -> tuple[bool, int]:
+        return path.right is True, path.score or 0
+
+    known = [p for p in paths if p.right is not None]
+    if not any(p.right for p in known):
+        return "all_wrong"
+    ordered = sorted(known, key=lambda p: (rank(p), -p.sample), reverse=True)
+    found = [(a, b) for a, b in zip(ordered, ordered[::-1], strict=True) if rank(a) > rank(b) and a.right]
+    return found[:pairs] or "tie"
+
+
+RULES: dict[str, Rule] = {
+    "best_right_vs_worst_wrong": best_right_vs_worst_wrong,
+    "best_vs_worst_score": best_vs_worst_score,
+}
+
+
+def build_pairs(
+    groups: Iterable[Sequence[ReasoningPath]],
+    rule: str,
+    pairs_per_question: int = 1,
+    min_margin: int = 1,
+    failed: Sequence[FailedPath] = (),
+) -> tuple[list[Pair], dict[str, int]]:
+    """Pairs of every question and how many questions or pairs were dropped, by reason.
+
+    A pair is dropped when the texts are equal or a side has no text, and when the judge prefers the rejected side or
+    sees less than `min_margin` between them (the judge and the answer filter disagree: not a clear preference).
+    """
+    if rule not in RULES:
+        raise ValueError(f"unknown pair rule {rule!r}; one of {', '.join(RULES)}")
+    kept: list[Pair] = []
+    dropped: Counter[str] = Counter(failed_path=len(failed)) if failed else Counter()
+    for paths in groups:
+        outcome = RULES[rule](distinct(paths), pairs_per_question)
+        if isinstance(outcome, str):
+            dropped[outcome] += 1
+            continue
+        for chosen, rejected in outcome:
+            if reason := _unfit(chosen, rejected, min_margin):
+                dropped[reason] += 1
+                continue
+            a, b = chosen.score or 0, rejected.score or 0
+            kept.append(Pair(chosen.question_id, chosen.text, rejected.text, a, b, a - b))
+    return kept, dict(sorted(dropped.items()))
+
+
+def distinct(paths: Sequence[ReasoningPath]) -> list[ReasoningPath]:
+    """The first path of every text."""
+    seen: dict[str, ReasoningPath] = {}
+    for path in paths:
+        seen.setdefault(path.text, path)
+    return list(seen.values())
+
+
+def _unfit(chosen: ReasoningPath, rejected: ReasoningPath, min_margin: int) -> str | None:
+    if not chosen.text or not rejected.text:
+        return "empty"
+    if chosen.text == rejected.text:
+        return "equal"
+    if (chosen.score or 0) - (rejected.score or 0) < min_margin:
+        return "judge_disagrees"
+    return None

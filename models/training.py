@@ -1,0 +1,268 @@
+"""Supervised fine-tuning with TRL, on conversations encoded once; and the guards every training run passes through.
+
+    from models.training import Budget, train_sft
+    report = train_sft(model, processor, conversations, Budget(epochs=2), folder=".work/sft", seed=0)
+
+A run that trained nothing fails: no step taken, a loss or gradient that is not finite, gradients of zero, or a
+weight meant to train that did not move. Killed, the next call continues from the last trainer checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.vlm import IGNORE, Conversation, Encoder, pad, stack_pixels
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin
+
+Report = Callable[[dict[str, float], int, int], None]
+"""report(numbers, step, steps): called at every logging step."""
+
+
+class TrainingError(RuntimeError):
+    """A training run that must not be taken for a finished one; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long and how hard to train. Rates are peaks; `schedule` is transformers' name."""
+
+    epochs: float = 1.0
+    max_steps: int = -1
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 5e-6
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    max_tokens: int = 12288
+    save_steps: int = 200
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    train_vision: bool = False
+
+
+def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[str, Any]:
+    """The arguments TRL's configs share; final weights are saved by the stage, not by the trainer."""
+    steps = (
+        budget.max_steps
+        if budget.max_steps > 0
+        else math.ceil(examples * budget.epochs / budget.batch_size / budget.accumulate)
+    )
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": budget.epochs,
+        "max_steps": budget.max_steps,
+        "per_device_train_batch_size": budget.batch_size,
+        "gradient_accumulation_steps": budget.accumulate,
+        "learning_rate": budget.learning_rate,
+        "warmup_steps": math.ceil(budget.warmup * steps),
+        "lr_scheduler_type": budget.schedule,
+        "weight_decay": budget.weight_decay,
+        "max_grad_norm": budget.max_grad_norm,
+        "max_length": None,
+        "bf16": budget.bf16,
+        "gradient_checkpointing": budget.gradient_checkpointing,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": max(1, steps // 50),
+        "save_steps": budget.save_steps,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": not _has_gpu(),
+    }
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def freeze_vision(model: PreTrainedModel) -> None:
+    """Freeze the vision tower (METHOD 1.4); projector and language model train."""
+    frozen = 0
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("vision_model.", "vision_tower.", "visual.")):
+            parameter.requires_grad_(False)
+            frozen += 1
+    if not frozen:
+        raise TrainingError(
+            f"no vision tower found in {type(model).__name__}: set train_vision, or add its name here"
+        )
+
+
+class Guard:
+    """Watches one run: finite loss and gradients at every log, and every trained tensor moved in the end."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.norms: list[float] = []
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Refuse a loss or gradient norm that is not finite."""
+        for key in ("loss", "grad_norm"):
+            if key in numbers and not math.isfinite(numbers[key]):
+                raise TrainingError(
+                    f"{key} is {numbers[key]} at step {step}: lower the learning rate, or check the data"
+                )
+        if "grad_norm" in numbers:
+            self.norms.append(numbers["grad_norm"])
+
+    def finish(self, model: PreTrainedModel, steps: int) -> None:
+        """Refuse a run in which nothing, or not everything that should, has moved."""
+        import torch
+
+        if steps == 0:
+            raise TrainingError("no training step was taken: the data set is empty or already trained on")
+        if self.norms and max(self.norms) == 0:
+            raise TrainingError(
+                "all gradients were zero: no token carried a loss (were completions cut off?)"
+            )
+        still = [
+            n for n, p in model.named_parameters() if n in self.before and torch.equal(p, self.before[n])
+        ]
+        if still and len(still) == len(self.before):
+            raise TrainingError("no weight moved: is the learning rate zero?")
+        if untouched := [name for name in still if not _may_rest(name)]:
+            raise TrainingError(
+                f"{len(untouched)} trained tensors did not move, e.g. {untouched[0]}: freeze them or fix the data"
+            )
+
+
+def _may_rest(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def callback(guard: Guard, report: Report | None) -> Any:
+    """A transformers callback that feeds the guard and the report."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+            guard.log(numbers, state.global_step)
+            if report and "loss" in numbers:
+                report(numbers, state.global_step, state.max_steps)
+
+    return Watch()
+
+
+def encode_rows(
+    encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows {"images", "input_ids", "labels"} and how many conversations were too long and left out."""
+    rows, long = [], 0
+    first = next((c.images for c in conversations if c.images), None)
+    if first:
+        encoder.prepare(first)
+    for conversation in conversations:
+        ids, labels = encoder.encode(conversation)
+        if len(ids) > max_tokens:
+            long += 1
+            continue
+        rows.append({"images": list(conversation.images), "input_ids": ids, "labels": labels})
+    return rows, long
+
+
+class SftCollator:
+    """Rows of `encode_rows` to a padded batch."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask and labels [rows, longest], and the image tensors."""
+        tokenizer = self.encoder.tokenizer
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": pad(ids, tokenizer.pad_token_id, left=False),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=False),
+            "labels": pad([row["labels"] for row in rows], IGNORE, left=False),
+            **stack_pixels(self.encoder, [row["images"] for row in rows]),
+        }
+
+
+def train_sft(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    budget: Budget,
+    folder: str | Path,
+    seed: int,
+    image_root: str | Path = "data",
+    report: Report | None = None,
+) -> dict[str, float]:
+    """Train in place on the assistant texts; returns numbers of the run. folder: trainer checkpoints, for resuming.
+
+    Raises TrainingError for an empty set and for a run that trained nothing.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    encoder = Encoder(processor, image_root)
+    rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
+    if not rows:
+        raise TrainingError(
+            f"nothing to train on: {len(conversations)} conversations, {too_long} longer than {budget.max_tokens}"
+        )
+    if not budget.train_vision:
+        freeze_vision(model)
+    model.config.use_cache = False
+    guard = Guard(model)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **arguments(budget, Path(folder), seed, len(rows)), dataset_kwargs={"skip_prepare_dataset": True}
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        data_collator=SftCollator(encoder),
+        callbacks=[callback(guard, report)],
+    )
+    return run_trainer(trainer, guard, folder) | {"examples": len(rows), "too_long": too_long}
+
+
+def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, float]:
+    """Train, from the last checkpoint in `folder` if there is one, under the guard; then tidy up."""
+    from transformers import ProgressCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    trainer.remove_callback(ProgressCallback)
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    folder = Path(folder)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    outcome = trainer.train(resume_from_checkpoint=last)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    guard.finish(model, trainer.state.global_step)
+    model.config.use_cache = True
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    shutil.rmtree(folder, ignore_errors=True)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tail = losses[-5:]
+    return {
+        "steps": trainer.state.global_step,
+        "first_loss": losses[0] if losses else outcome.training_loss,
+        "last_loss": sum(tail) / len(tail) if tail else outcome.training_loss,
+    }
+
+
+def budget_dict(budget: Budget) -> dict[str, Any]:
+    """A budget as plain values, for manifests."""
+    return asdict(budget)
