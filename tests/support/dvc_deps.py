@@ -23,6 +23,7 @@ EXEMPT = {
     "tasks/meter.py": "shows progress",
 }
 DATA_FOLDERS = ("models/prompts",)  # packages whose other files are read at run time: the folder is the dep
+READ = {"tasks/report.py": ["tasks/templates"]}  # other files that a module reads at run time
 
 
 def expected(module: str) -> set[str]:
@@ -31,7 +32,8 @@ def expected(module: str) -> set[str]:
     if not (REPOSITORY / path).is_file():
         return {path}
     files = {f for f in closure(path, frozenset(EXEMPT)) if has_code(f) or _folder(f) != f}
-    return {_folder(f) for f in files}
+    read = {folder for f in files for folder in READ.get(f, [])}
+    return {_folder(f) for f in files} | read
 
 
 def _folder(file: str) -> str:

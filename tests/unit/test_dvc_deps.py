@@ -27,3 +27,11 @@ def test_every_stage_tracks_its_section_and_owns_its_out() -> None:
         section = dvc_deps.module_of(body).removeprefix("tasks.")
         assert section in body["params"], f"{name} does not track its section '{section}'"
         assert all(out.startswith("artifacts/") for out in body["outs"])
+
+
+def test_every_file_that_is_no_python_is_a_dep_of_its_reader() -> None:
+    known = (*dvc_deps.DATA_FOLDERS, *(folder for folders in dvc_deps.READ.values() for folder in folders))
+    files = [p for package in ("models", "tasks") for p in (REPOSITORY / package).rglob("*") if p.is_file()]
+    names = [p.relative_to(REPOSITORY).as_posix() for p in files if p.suffix not in (".py", ".pyc")]
+    unknown = [name for name in names if not name.startswith(known)]
+    assert not unknown, f"name who reads them in tests/support/dvc_deps.py: {unknown}"
