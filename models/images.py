@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -135,3 +136,21 @@ def _rgb(image: Image) -> Image:
 def _shown(name: Any) -> str:
     text = str(name).encode("utf-8", "backslashreplace").decode()
     return repr(text if len(text) <= 120 else text[:117] + "...")
+
+
+ImageSource = Callable[[str], "Image"]
+"""Opens a picture by its name in a record."""
+
+
+def folder_images(root: str | Path, max_pixels: int = MAX_PIXELS) -> ImageSource:
+    """Pictures by their path under a folder."""
+    return lambda name: open_image(root, name, max_pixels)
+
+
+def data_and_instruct_images(data: str | Path, instruct: str | Path) -> ImageSource:
+    """Pictures of data/ by path (`images/x.png`), and of a MIMIC-IT parquet by image id (no slash in it)."""
+    from models.base64_images import ParquetImages
+
+    stored = ParquetImages(Path(instruct) / "images.parquet")
+    files = folder_images(data)
+    return lambda name: files(name) if "/" in name else decode_image(stored[name], name)

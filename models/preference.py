@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.images import ImageSource
 from models.training import (
     Budget,
     Guard,
@@ -98,7 +99,7 @@ def train_preference(
     budget: Budget,
     folder: str | Path,
     seed: int,
-    image_root: str | Path = "data",
+    images: ImageSource | str | Path = "data",
     report: Report | None = None,
 ) -> dict[str, float]:
     """Train `model` in place against the frozen `reference`; returns numbers of the run.
@@ -108,7 +109,7 @@ def train_preference(
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    encoder = Encoder(processor, image_root)
+    encoder = Encoder(processor, images)
     rows, too_long = encode_pairs(encoder, pairs, budget.max_tokens)
     if not rows:
         raise TrainingError(

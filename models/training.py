@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.images import ImageSource
 from models.vlm import IGNORE, Conversation, Encoder, pad, stack_pixels
 
 if TYPE_CHECKING:
@@ -203,7 +204,7 @@ def train_sft(
     budget: Budget,
     folder: str | Path,
     seed: int,
-    image_root: str | Path = "data",
+    images: ImageSource | str | Path = "data",
     report: Report | None = None,
 ) -> dict[str, float]:
     """Train in place on the assistant texts; returns numbers of the run. folder: trainer checkpoints, for resuming.
@@ -213,7 +214,7 @@ def train_sft(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    encoder = Encoder(processor, image_root)
+    encoder = Encoder(processor, images)
     rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
     if not rows:
         raise TrainingError(

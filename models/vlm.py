@@ -15,6 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.images import ImageSource, folder_images
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, ProcessorMixin
@@ -74,13 +76,16 @@ def messages(conversation: Conversation) -> list[dict[str, Any]]:
 class Encoder:
     """Conversations to token ids and image tensors with one processor; every image is processed once.
 
-    image_root: folder that image paths are relative to. cache: most images kept as tensors.
+    images: where pictures come from by name (models.images.folder_images and its relatives), or the folder their
+    paths are relative to. cache: most images kept as tensors.
     """
 
-    def __init__(self, processor: ProcessorMixin, image_root: str | Path = "data", cache: int = 8192) -> None:
+    def __init__(
+        self, processor: ProcessorMixin, images: ImageSource | str | Path = "data", cache: int = 8192
+    ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.image_root = Path(image_root)
+        self._open = images if callable(images) else folder_images(images)
         self._pixels = lru_cache(maxsize=cache)(self._process_images)
         self._expanded: str | None = None
         self._frames: dict[tuple[int, int, bool], list[str]] = {}
@@ -151,11 +156,6 @@ class Encoder:
         if self._expanded is None and images:
             out = self.processor(text=[self.processor.image_token], images=[[self._open(images[0])]])
             self._expanded = self.tokenizer.decode(out["input_ids"][0], skip_special_tokens=False)
-
-    def _open(self, path: str) -> Any:
-        from models.images import open_image
-
-        return open_image(self.image_root, path)
 
     def _process_images(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
         pictures = [self._open(path) for path in images]

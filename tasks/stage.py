@@ -147,6 +147,13 @@ def manifest(name: str, inputs: Mapping[str, str], params: Mapping[str, Any], ou
     return {"stage": name, "inputs": dict(inputs), "params": dict(params), "counts": counts}
 
 
+def settings(section: object, path: str = "params.yaml") -> dict[str, Any]:
+    """What a stage obeys: its section and the seed, for `open_stage(params=...)`."""
+    from tasks import params
+
+    return {**plain(section), "seed": params.seed(path)}
+
+
 def plain(params: object | Mapping[str, Any]) -> dict[str, Any]:
     """Parameters (a dataclass or a mapping) as what JSON can hold."""
     if dataclasses.is_dataclass(params) and not isinstance(params, type):

@@ -18,6 +18,7 @@ STRATEGIES = ("glance", "brief", "detailed", "checked")
 """glance: the answer at once; brief: reads, then the result; detailed: every read worked out; checked: and once more."""
 
 TERSENESS = {
+    "read": 0.90,
     "where": 0.80,
     "compare": 0.80,
     "count_board": 0.75,

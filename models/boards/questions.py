@@ -9,8 +9,7 @@ sets the digits it needs, and gives the text, the answer and the plan: what to l
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +41,6 @@ class BoardQuestion:
     answer: str
     digits: Digits
     plan: Plan
-    condition: dict[str, Any] = field(default_factory=dict)
 
 
 class Resample(Exception):
@@ -121,14 +119,14 @@ def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     return BoardQuestion("compare", f"Which has the larger sum, {first} or {second}?", answer, digits, plan)
 
 
-def _condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool], dict[str, Any]]:
+def _condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool]]:
     kind = generator.choice(["greater", "less", "even", "odd"])
     limit = int(generator.integers(2, 8))
     if kind == "greater":
-        return f"greater than {limit}", lambda d: d > limit, {"greater": limit}
+        return f"greater than {limit}", lambda d: d > limit
     if kind == "less":
-        return f"less than {limit}", lambda d: d < limit, {"less": limit}
-    return str(kind), lambda d: d % 2 == (kind == "odd"), {"parity": str(kind)}
+        return f"less than {limit}", lambda d: d < limit
+    return str(kind), lambda d: d % 2 == (kind == "odd")
 
 
 def _counting(
@@ -143,20 +141,20 @@ def _counting(
 
 def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     first, second = _two_lines(generator)
-    phrase, holds, condition = _condition(generator)
+    phrase, holds = _condition(generator)
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
     work, close, total = _counting(lines, holds)
     plan = Plan(lines, work, close)
     text = f"How many digits in {first} and {second} are {phrase}?"
-    return BoardQuestion("count_lines", text, str(total), digits, plan, condition)
+    return BoardQuestion("count_lines", text, str(total), digits, plan)
 
 
 def _count_board(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
-    phrase, holds, condition = _condition(generator)
+    phrase, holds = _condition(generator)
     lines = [(f"row {row}", line_digits(digits, f"row {row}")) for row in range(1, SIDE + 1)]
     work, close, total = _counting(lines, holds)
     plan = Plan(lines, work, close)
-    return BoardQuestion("count_board", f"How many digits are {phrase}?", str(total), digits, plan, condition)
+    return BoardQuestion("count_board", f"How many digits are {phrase}?", str(total), digits, plan)
 
 
 def _two_conditions(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
@@ -166,9 +164,7 @@ def _two_conditions(digits: Digits, generator: np.random.Generator) -> BoardQues
     work, close, total = _counting(lines, lambda d: d % 2 == (parity == "odd") and d > limit)
     plan = Plan(lines, work, close)
     text = f"How many digits in {first} and {second} are {parity} and greater than {limit}?"
-    return BoardQuestion(
-        "two_conditions", text, str(total), digits, plan, {"parity": parity, "greater": limit}
-    )
+    return BoardQuestion("two_conditions", text, str(total), digits, plan)
 
 
 def _extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
@@ -280,8 +276,10 @@ def ask_on(digits: Digits, generator: np.random.Generator, family: str) -> Board
     return question if np.array_equal(question.digits, digits) else None
 
 
-def ask_cell(digits: Digits, generator: np.random.Generator) -> tuple[str, str, dict[str, Any]]:
-    """A single read (perception): text, answer, and which cell."""
+def read_cell(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
+    """A single read (perception): one cell."""
     row, column = (int(x) for x in generator.integers(1, SIDE + 1, size=2))
-    text = f"Which digit is in row {row}, column {column}?"
-    return text, str(int(digits[row - 1, column - 1])), {"row": row, "column": column}
+    values = line_digits(digits, f"row {row}")
+    answer = str(values[column - 1])
+    plan = Plan([(f"row {row}", values)], [[f"place {column} has {answer}"]], [])
+    return BoardQuestion("read", f"Which digit is in row {row}, column {column}?", answer, digits, plan)

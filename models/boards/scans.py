@@ -67,32 +67,23 @@ def draw_board(
     sheared by up to `turn` (fraction of its height); without one it stands in the middle of its cell.
     """
     images, _ = load_scans()
-    board = np.zeros((SIDE * CELL_PX, SIDE * CELL_PX), dtype=np.uint8)
-    for row in range(SIDE):
-        for column in range(SIDE):
-            cell = np.kron(images[scans[row, column]], np.ones((2, 2), dtype=np.uint8))
-            if generator is not None:
-                cell = _move(cell, generator, jitter_px, turn)
-            board[row * CELL_PX : (row + 1) * CELL_PX, column * CELL_PX : (column + 1) * CELL_PX] = cell
+    cells = images[scans].repeat(2, axis=2).repeat(2, axis=3).reshape(-1, CELL_PX, CELL_PX)
+    if generator is not None:
+        cells = _move(cells, generator, jitter_px, turn)
+    board = cells.reshape(SIDE, SIDE, CELL_PX, CELL_PX).swapaxes(1, 2).reshape(SIDE * CELL_PX, SIDE * CELL_PX)
     return 255 - board
 
 
 def _move(
-    cell: NDArray[np.uint8], generator: np.random.Generator, jitter_px: int, turn: float
+    cells: NDArray[np.uint8], generator: np.random.Generator, jitter_px: int, turn: float
 ) -> NDArray[np.uint8]:
-    """Shift and shear one cell; ink that leaves the cell is cut off, never wrapped into the other side."""
-    down, right = generator.integers(-jitter_px, jitter_px + 1, size=2)
-    slant = generator.uniform(-turn, turn)
-    moved = np.zeros_like(cell)
-    for y in range(CELL_PX):
-        source = y - down
-        if not 0 <= source < CELL_PX:
-            continue
-        shift = int(right + round(slant * (y - CELL_PX / 2)))
-        line = np.roll(cell[source], shift)
-        if shift > 0:
-            line[:shift] = 0
-        elif shift < 0:
-            line[shift:] = 0
-        moved[y] = line
-    return moved
+    """Shift and shear cells [n, CELL_PX, CELL_PX]; ink that leaves its cell is cut off, never wrapped around."""
+    count = len(cells)
+    down, right = generator.integers(-jitter_px, jitter_px + 1, size=(2, count, 1, 1))
+    slant = generator.uniform(-turn, turn, size=(count, 1, 1))
+    y, x = np.mgrid[:CELL_PX, :CELL_PX]
+    from_y = np.broadcast_to(y - down, cells.shape)
+    from_x = x - right - np.round(slant * (y - CELL_PX / 2)).astype(int)
+    inside = (from_y >= 0) & (from_y < CELL_PX) & (from_x >= 0) & (from_x < CELL_PX)
+    moved = cells[np.arange(count)[:, None, None], from_y.clip(0, CELL_PX - 1), from_x.clip(0, CELL_PX - 1)]
+    return np.where(inside, moved, 0).astype(np.uint8)

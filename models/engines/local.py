@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.engines.base import Completion, Sampling
+from models.images import ImageSource
 from models.vlm import Conversation, Encoder, load, pad, stack_pixels
 
 if TYPE_CHECKING:
@@ -31,22 +32,22 @@ class LocalEngine:
         self,
         model: PreTrainedModel,
         processor: ProcessorMixin,
-        image_root: str | Path = "data",
+        images: ImageSource | str | Path = "data",
         batch_size: int = 256,
     ) -> None:
         self.model = model.eval()
-        self.encoder = Encoder(processor, image_root)
+        self.encoder = Encoder(processor, images)
         self.batch_size = batch_size
         self.end = processor.tokenizer.eos_token_id
         self.pad = processor.tokenizer.pad_token_id
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, image_root: str | Path = "data", batch_size: int = 256
+        cls, checkpoint: str | Path, images: ImageSource | str | Path = "data", batch_size: int = 256
     ) -> LocalEngine:
         """An engine for a checkpoint folder."""
         model, processor = load(checkpoint)
-        return cls(model, processor, image_root, batch_size)
+        return cls(model, processor, images, batch_size)
 
     def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
         """One completion a prompt, in order (Engine.generate)."""

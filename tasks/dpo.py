@@ -1,0 +1,79 @@
+"""Round t, third stage: preference training of M_t on its own pairs, which gives M_{t+1} (METHOD 1.4).
+
+python -m tasks.dpo --round r1
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from models.preference import PreferenceLoss
+from models.training import Budget
+from tasks import params, roles, rounds
+from tasks.stage import StageRun, open_stage, settings
+from tasks.training_log import training_report
+
+
+@dataclass(frozen=True)
+class Params:
+    """reference: the policy of this round (`previous`) or the reasoning agent (`sft`). Published: 1 epoch, rate 5e-7."""
+
+    prompts: str = "full"
+    reference: Literal["previous", "sft"] = "previous"
+    loss: PreferenceLoss = field(default_factory=PreferenceLoss)
+    budget: Budget = field(default_factory=lambda: Budget(epochs=1, learning_rate=5e-7, batch_size=64))
+
+
+def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, float]:
+    """Publish checkpoint/ and return the run's numbers."""
+    from models.agents import reason_prompt
+    from models.preference import PreferenceExample, train_preference
+    from models.records import read_jsonl, read_questions
+    from models.vlm import load, save
+
+    questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
+    pairs = [
+        PreferenceExample(
+            reason_prompt(p.prompts, questions[row["question_id"]]), row["chosen"], row["rejected"]
+        )
+        for row in read_jsonl(this.folder("score") / "pairs.jsonl")
+    ]
+    model, processor = load(this.checkpoint)
+    reference, _ = load(this.checkpoint if p.reference == "previous" else rounds.REASONING_SFT)
+    with training_report(stage, "dpo") as report:
+        numbers = train_preference(
+            model,
+            reference,
+            processor,
+            pairs,
+            p.loss,
+            p.budget,
+            stage.scratch / "steps",
+            seed,
+            roles.DATA,
+            report,
+        )
+    save(model, processor, stage.out / "checkpoint")
+    stage.generation(
+        f"dpo_r{this.t}", stage.out / "checkpoint", round=this.t, parents=[this.parent], kind="reasoning"
+    )
+    return numbers
+
+
+def main() -> None:
+    """Run the stage in the checkout's root."""
+    this, p = rounds.from_arguments(__doc__), params.load("dpo", Params)
+    inputs = ["data", this.folder("score"), this.checkpoint, rounds.REASONING_SFT]
+    with open_stage(
+        "dpo",
+        params=settings(p),
+        inputs=sorted({str(path) for path in inputs}),
+        out=this.folder("dpo"),
+        round=this.t,
+    ) as stage:
+        stage.metrics(run(p, params.seed(), this, stage))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Progressive long-chain generation: N chains a question, one model call a step (METHOD 1.1).
+
+    python -m tasks.generate
+
+Every failed chain is a record with its reason in failures.jsonl. Chunks of questions are journalled: killed, the
+next run asks only for what is missing and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.reasoning import Settings
+from tasks import params, roles
+from tasks.meter import meter
+from tasks.stage import StageError, StageRun, open_stage, settings
+
+if TYPE_CHECKING:
+    from models.engines.base import Engine
+    from models.records import Question
+
+GENERATOR = Path("artifacts/foundation/generator")
+
+
+@dataclass(frozen=True)
+class Params:
+    """questions: how many of the pool; samples: N chains a question; chunk: questions a journal entry."""
+
+    questions: int = 2000
+    samples: int = 4
+    chunk: int = 64
+    batch_size: int = 256
+    chain: Settings = field(default_factory=Settings)
+
+
+def run(
+    p: Params, seed: int, questions: Sequence[Question], engine: Engine, stage: StageRun
+) -> dict[str, Any]:
+    """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError when not one chain was finished."""
+    from models.journal import Journal, key
+    from models.reasoning import StepLoop
+    from models.records import to_json, write_jsonl
+
+    loop = StepLoop(engine, p.chain)
+    journal = Journal(stage.scratch / "journal.jsonl")
+    rows: list[dict[str, Any]] = []
+    with meter("chains", len(questions) * p.samples) as advance:
+        for start in range(0, len(questions), p.chunk):
+            chunk = questions[start : start + p.chunk]
+            chunk_seed = seed * 1_000_003 + start
+            asked = key([to_json(q) for q in chunk], p.samples, p.chain.__dict__, chunk_seed)
+            rows += journal.once(
+                asked, lambda c=chunk, s=chunk_seed: [to_json(o) for o in loop.run(c, range(p.samples), s)]
+            )
+            advance(len(rows), len(rows))
+    paths = [row for row in rows if "reason" not in row]
+    failures = [row for row in rows if "reason" in row]
+    if not paths:
+        raise StageError(
+            f"none of {len(rows)} chains was finished: {_reasons(failures)}. Look at one in the journal."
+        )
+    write_jsonl(stage.out / "paths.jsonl", paths)
+    write_jsonl(stage.out / "failures.jsonl", failures)
+    steps = [len(row["steps"]) for row in paths]
+    return {
+        "questions": len(questions),
+        "paths": len(paths),
+        "failed": len(failures),
+        "failures": _reasons(failures),
+        "steps_mean": sum(steps) / len(steps),
+        "steps": dict(sorted(Counter(map(str, steps)).items())),
+    }
+
+
+def _reasons(failures: Sequence[Any]) -> dict[str, int]:
+    return dict(sorted(Counter(row["reason"] for row in failures).items()))
+
+
+def main() -> None:
+    """Run the stage in the checkout's root."""
+    p = params.load("generate", Params)
+    with open_stage(
+        "generate", params=settings(p), inputs=["data", GENERATOR], out="artifacts/generate"
+    ) as stage:
+        questions = roles.training_questions("generate", p.questions)
+        stage.metrics(run(p, params.seed(), questions, roles.engine(GENERATOR, p.batch_size), stage))
+
+
+if __name__ == "__main__":
+    main()

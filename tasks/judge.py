@@ -1,0 +1,143 @@
+"""The path judge, and how good it is (METHOD 1.2).
+
+    python -m tasks.judge
+
+`kind: model` with `train: true` (embedded) trains the generator further on graded paths; without, the generator
+judges as it is. `kind: rules` scores verifiable answers without a model. Where data/ is annotated, the judge's
+agreement with the oracle is measured on validation boards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from models.assessment import ModelJudge, RuleJudge
+from models.engines.local import LocalEngine
+from models.training import Budget
+from tasks import params
+from tasks.stage import StageRun, open_stage, settings
+from tasks.training_log import training_report
+
+
+@dataclass(frozen=True)
+class Params:
+    """kind: model or rules; train: whether the model is trained on instruct's graded paths first."""
+
+    kind: Literal["model", "rules"] = "model"
+    train: bool = True
+    prompts: str = "short"
+    budget: Budget = field(default_factory=Budget)
+    held_out_questions: int = 200
+    max_new_tokens: int = 64
+
+
+def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun) -> dict[str, Any]:
+    """Publish checkpoint/ (for a model judge) and return the numbers of its training and its agreement."""
+    from models.vlm import load, save
+
+    numbers: dict[str, Any] = {}
+    engine = None
+    if p.kind == "model":
+        kept = stage.scratch / "checkpoint"
+        if not (kept / "done").exists():
+            model, processor = load(foundation / "generator")
+            if p.train:
+                numbers["training"] = _train(model, processor, p, seed, instruct, stage)
+            save(model, processor, kept)
+            (kept / "done").touch()
+        model, processor = load(kept)
+        save(model, processor, stage.out / "checkpoint")
+        stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
+        engine = LocalEngine(model, processor, _images(instruct))
+    judge = ModelJudge(engine, p.prompts, p.max_new_tokens) if engine else RuleJudge()
+    if (instruct / "boards.jsonl").exists():
+        numbers["agreement"] = held_out_agreement(judge, p.held_out_questions, seed, engine)
+    return numbers
+
+
+def _train(
+    model: Any, processor: Any, p: Params, seed: int, instruct: Path, stage: StageRun
+) -> dict[str, float]:
+    from models.assessment import judge_prompt
+    from models.records import Question, read_jsonl
+    from models.training import train_sft
+    from models.vlm import Conversation
+
+    conversations = []
+    for row in read_jsonl(instruct / "graded.jsonl"):
+        question = Question("", [row["image"]], row["question"], row["answer"])
+        asked = judge_prompt(p.prompts, question, row["paths"]).turns[0][0]
+        conversations.append(Conversation([row["image"]], [(asked, str(row["scores"]))]))
+    with training_report(stage, "judge") as report:
+        return train_sft(
+            model,
+            processor,
+            conversations,
+            p.budget,
+            stage.scratch / "steps",
+            seed,
+            _images(instruct),
+            report,
+        )
+
+
+def _images(instruct: Path) -> Any:
+    from models.images import data_and_instruct_images
+
+    return data_and_instruct_images("data", instruct)
+
+
+def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> dict[str, Any]:
+    """Agreement with the oracle on graded paths that nobody trained on, on boards of validation scans."""
+    import numpy as np
+
+    from models.agreement import agreement
+    from models.assessment import score_paths
+    from models.boards.lessons import graded_paths
+    from models.boards.scans import draw_board, pick_scans
+    from models.reasoning import parse_thoughts
+    from models.records import Question, ReasoningPath
+
+    generator = np.random.default_rng([1, 100, seed])
+    pictures: dict[str, Any] = {}
+    asked: dict[str, Question] = {}
+    paths: list[ReasoningPath] = []
+    truths: list[float | None] = []
+    for index in range(questions):
+        board, texts, scores = graded_paths(generator)
+        name = f"held-out-{index}"
+        pictures[name] = draw_board(pick_scans(board.digits, "validation", generator), generator, jitter_px=1)
+        asked[name] = Question(name, [name], board.text, board.answer)
+        truths += scores
+        for sample, text in enumerate(texts):
+            steps = parse_thoughts(text)
+            right = steps[-1].content == board.answer
+            paths.append(ReasoningPath(name, sample, steps, text, steps[-1].content, right))
+    if engine is not None:
+        judge = ModelJudge(
+            LocalEngine(engine.model, engine.encoder.processor, _pictures(pictures)), judge.prompts
+        )
+    scored, unreadable = score_paths(paths, asked, judge)
+    return agreement(scored, truths) | {"unreadable": unreadable}
+
+
+def _pictures(boards: dict[str, Any]) -> Any:
+    from PIL import Image
+
+    return lambda name: Image.fromarray(boards[name]).convert("RGB")
+
+
+def main() -> None:
+    """Run the stage in the checkout's root."""
+    p = params.load("judge", Params)
+    instruct, foundation = Path("artifacts/instruct"), Path("artifacts/foundation")
+    with open_stage(
+        "judge", params=settings(p), inputs=[instruct, foundation], out="artifacts/judge"
+    ) as stage:
+        stage.metrics(run(p, params.seed(), instruct, foundation, stage))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Round t, first stage: sample N paths a question from the current policy M_t (METHOD 1.4).
+
+    python -m tasks.sample --round r1
+
+Each round asks questions of the pool `rounds` that the rounds before did not, as long as there are any.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tasks import params, roles, rounds
+from tasks.meter import meter
+from tasks.stage import StageError, StageRun, open_stage, settings
+
+
+@dataclass(frozen=True)
+class Params:
+    """questions: of each round; samples: paths a question."""
+
+    prompts: str = "full"
+    questions: int = 2000
+    samples: int = 8
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 4096
+    chunk: int = 64
+    batch_size: int = 256
+
+
+def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
+    """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError when no path is usable."""
+    from models.records import write_jsonl
+    from tasks.sampling import sample_in_chunks
+
+    questions = roles.training_questions("rounds", p.questions, offset=(this.t - 1) * p.questions)
+    engine = roles.engine(this.checkpoint, p.batch_size)
+    with meter("paths", len(questions) * p.samples) as advance:
+        rows = sample_in_chunks(engine, questions, p, seed + this.t, stage.scratch, advance)
+    paths = [row for row in rows if "reason" not in row]
+    failures = [row for row in rows if "reason" in row]
+    for path in paths:
+        path["answer"] = path["steps"][-1]["content"]
+    if not paths:
+        raise StageError(
+            f"none of {len(rows)} sampled paths could be read: is {this.checkpoint} a reasoning agent?"
+        )
+    write_jsonl(stage.out / "paths.jsonl", paths)
+    write_jsonl(stage.out / "failures.jsonl", failures)
+    reasons = dict(sorted(Counter(row["reason"] for row in failures).items()))
+    return {"questions": len(questions), "paths": len(paths), "failed": len(failures), "failures": reasons}
+
+
+def main() -> None:
+    """Run the stage in the checkout's root."""
+    this, p = rounds.from_arguments(__doc__), params.load("sample", Params)
+    with open_stage(
+        "sample",
+        params=settings(p),
+        inputs=["data", this.checkpoint],
+        out=this.folder("sample"),
+        round=this.t,
+    ) as stage:
+        stage.metrics(run(p, params.seed(), this, stage))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Sampling chains from a reasoning agent, journalled chunk by chunk.
+
+from tasks.sampling import sample_in_chunks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from models.engines.base import Engine
+    from models.records import Question
+
+
+class SamplingParams(Protocol):
+    """What a stage that samples has in its parameters."""
+
+    prompts: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    chunk: int
+
+
+def sample_in_chunks(
+    engine: Engine,
+    questions: Sequence[Question],
+    p: SamplingParams,
+    seed: int,
+    scratch: Path,
+    advance: Callable[[int, float], None],
+) -> list[dict[str, Any]]:
+    """N chains a question as rows (ReasoningPath or, with a `reason`, FailedPath), in order; replayed after a kill."""
+    from models.agents import sample_reasoning
+    from models.engines.base import Sampling
+    from models.journal import Journal, key
+    from models.records import to_json
+
+    journal = Journal(scratch / "journal.jsonl")
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(questions), p.chunk):
+        chunk = questions[start : start + p.chunk]
+        sampling = Sampling(p.temperature, p.top_p, 1.0, p.max_new_tokens, seed * 1_000_003 + start)
+        asked = key([to_json(q) for q in chunk], p.samples, p.prompts, sampling.__dict__)
+
+        def work(chunk: Sequence[Question] = chunk, sampling: Sampling = sampling) -> list[dict[str, Any]]:
+            return [to_json(row) for row in sample_reasoning(engine, chunk, p.samples, p.prompts, sampling)]
+
+        rows += journal.once(asked, work)
+        advance(len(rows), len(rows))
+    return rows

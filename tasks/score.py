@@ -1,0 +1,129 @@
+"""Round t, second stage: judge the sampled paths and pair them (METHOD 1.2, 1.4).
+
+    python -m tasks.score --round r1
+
+All paths of a question, right and wrong, are scored in one call. Ties, all-right and all-wrong questions make no
+pair; every drop is counted by its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks import params, roles, rounds
+from tasks.meter import meter
+from tasks.stage import StageError, StageRun, open_stage, settings
+
+JUDGE = Path("artifacts/judge")
+
+
+@dataclass(frozen=True)
+class Params:
+    """rule: a name of models.pairing.RULES; min_margin: least difference of scores; max_pairs: most pairs kept."""
+
+    prompts: str = "full"
+    rule: str = "best_right_vs_worst_wrong"
+    pairs_per_question: int = 1
+    min_margin: int = 1
+    max_pairs: int = 15000
+    batch_size: int = 128
+
+
+def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
+    """Write paths.jsonl and pairs.jsonl; returns what the comparison of rounds needs. Raises StageError without pairs."""
+    from models.agreement import agreement, with_oracle
+    from models.assessment import filter_answers, score_paths
+    from models.pairing import build_pairs
+    from models.records import FailedPath, read_jsonl, read_paths, read_questions, write_jsonl
+
+    questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
+    sampled = this.folder("sample")
+    paths, _ = filter_answers(read_paths(sampled / "paths.jsonl"), questions)
+    failures = [
+        FailedPath(r["question_id"], r["sample"], r["reason"]) for r in read_jsonl(sampled / "failures.jsonl")
+    ]
+    judge = roles.path_judge(JUDGE, p.prompts, p.batch_size)
+    undecided = _mixed(paths)
+    with meter("paths scored", len(undecided)) as advance:
+        scored, unreadable = score_paths(undecided, questions, judge)
+        advance(len(scored), len(scored))
+    by_key = {(path.question_id, path.sample): path for path in scored}
+    scored_paths, truths = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
+    pairs, dropped = build_pairs(_groups(scored_paths), p.rule, p.pairs_per_question, p.min_margin)
+    if not pairs:
+        raise StageError(
+            f"round {this.t} gave no preference pair (dropped: {dropped}): sample more questions or paths, raise the "
+            "temperature, or lower score.min_margin"
+        )
+    write_jsonl(stage.out / "paths.jsonl", scored_paths)
+    write_jsonl(stage.out / "pairs.jsonl", pairs[: p.max_pairs])
+    return {
+        "questions": len({path.question_id for path in paths}),
+        "paths": len(paths),
+        "failed": len(failures),
+        "unreadable": unreadable,
+        "right_share": sum(path.right is True for path in paths) / len(paths),
+        **_rewards(scored, pairs),
+        **_lengths(scored_paths, pairs),
+        "pairs": {"kept": len(pairs), "dropped": dropped},
+        "agreement": agreement(scored_paths, truths),
+    }
+
+
+def _groups(paths: Sequence[Any]) -> list[list[Any]]:
+    groups: dict[str, list[Any]] = {}
+    for path in paths:
+        groups.setdefault(path.question_id, []).append(path)
+    return list(groups.values())
+
+
+def _mixed(paths: Sequence[Any]) -> list[Any]:
+    """Paths of questions with something to decide: a right and a wrong path."""
+    kept = []
+    for group in _groups(paths):
+        if {path.right for path in group} >= {True, False}:
+            kept += group
+    return kept
+
+
+def _rewards(scored: Sequence[Any], pairs: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "reward": {
+            "mean": _mean([path.score for path in scored if path.score is not None]),
+            "chosen_mean": _mean([pair.chosen_score for pair in pairs]),
+            "rejected_mean": _mean([pair.rejected_score for pair in pairs]),
+            "margin_mean": _mean([pair.margin for pair in pairs]),
+        }
+    }
+
+
+def _lengths(paths: Sequence[Any], pairs: Sequence[Any]) -> dict[str, Any]:
+    """Lengths in words."""
+    return {
+        "length": {
+            "mean": _mean([len(path.text.split()) for path in paths]),
+            "chosen_mean": _mean([len(pair.chosen.split()) for pair in pairs]),
+            "rejected_mean": _mean([len(pair.rejected.split()) for pair in pairs]),
+        }
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def main() -> None:
+    """Run the stage in the checkout's root."""
+    this, p = rounds.from_arguments(__doc__), params.load("score", Params)
+    inputs = ["data", this.folder("sample"), JUDGE]
+    with open_stage(
+        "score", params=settings(p), inputs=inputs, out=this.folder("score"), round=this.t
+    ) as stage:
+        stage.metrics(run(p, this, stage))
+
+
+if __name__ == "__main__":
+    main()

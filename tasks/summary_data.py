@@ -1,0 +1,78 @@
+"""The summary set: curated pieces, and paths sampled from the trained reasoning agent itself (METHOD 1.3).
+
+    python -m tasks.summary_data
+
+The summary agent meets at inference what the reasoner writes, so part of its training set is written by it. The
+label is always the ground truth. General visual questions join in `summary_sft`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks import params, roles
+from tasks.meter import meter
+from tasks.stage import StageError, StageRun, open_stage, settings
+
+CURATED, REASONER = Path("artifacts/curate"), Path("artifacts/reasoning_sft/checkpoint")
+
+
+@dataclass(frozen=True)
+class Params:
+    """questions and samples: how much the reasoner writes; temperature and top_p: how it is sampled."""
+
+    prompts: str = "full"
+    questions: int = 1000
+    samples: int = 1
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 4096
+    chunk: int = 256
+    batch_size: int = 256
+
+
+def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
+    """Write records.jsonl (piece, question_id, thoughts, answer); returns counts by piece."""
+    from models.records import read_jsonl, read_questions, write_jsonl
+    from tasks.sampling import sample_in_chunks
+
+    questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
+    rows = [
+        {"piece": row["piece"], "question_id": row["question_id"], "thoughts": row["text"]}
+        for row in read_jsonl(CURATED / "summary.jsonl")
+    ]
+    asked = roles.training_questions("generate", p.questions, seed=1)
+    with meter("chains", len(asked) * p.samples) as advance:
+        sampled = sample_in_chunks(
+            roles.engine(REASONER, p.batch_size), asked, p, seed, stage.scratch, advance
+        )
+    own = [row for row in sampled if "reason" not in row]
+    rows += [{"piece": "reasoner", "question_id": row["question_id"], "thoughts": row["text"]} for row in own]
+    if not rows:
+        raise StageError(
+            "the summary set is empty: no curated path and no chain of the reasoner could be used"
+        )
+    for row in rows:
+        row["answer"] = questions[row["question_id"]].answer
+    write_jsonl(stage.out / "records.jsonl", rows)
+    return {
+        "records": len(rows),
+        "pieces": dict(Counter(row["piece"] for row in rows)),
+        "failed": len(sampled) - len(own),
+    }
+
+
+def main() -> None:
+    """Run the stage in the checkout's root."""
+    p = params.load("summary_data", Params)
+    with open_stage(
+        "summary_data", params=settings(p), inputs=["data", CURATED, REASONER], out="artifacts/summary_data"
+    ) as stage:
+        stage.metrics(run(p, params.seed(), stage))
+
+
+if __name__ == "__main__":
+    main()
