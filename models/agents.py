@@ -1,9 +1,10 @@
-"""The two agents at inference (METHOD 1.5; Insight-V section 3.3): one reasons, the other judges that and answers.
+"""The two agents at inference (METHOD 1.5; Insight-V section 3.3):
+one reasons, the other judges that and answers.
 
     answers = answer_with_agents(reasoner, summariser, questions, "short")
 
-The image goes to both. A reasoner whose output is no chain leaves the summary agent to answer by itself, and the
-failure is counted with its reason.
+The image goes to both. A reasoner whose output is no chain leaves the summary agent to answer by itself,
+and the failure is counted with its reason.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from models.vlm import Conversation
 
 @dataclass(frozen=True)
 class AgentAnswer:
-    """What a system said: the answer, the reasoning it stands on, its length in tokens, why something failed."""
+    """What a system said: the answer, the reasoning it stands on,
+    its length in tokens, why something failed."""
 
     answer: str
     reasoning: str | None = None
@@ -93,7 +95,8 @@ def _failure(chain: Completion) -> str | None:
 def sample_reasoning(
     engine: Engine, questions: Sequence[Question], samples: int, prompts: str, sampling: Sampling
 ) -> list[ReasoningPath | FailedPath]:
-    """N chains a question from the reasoning agent itself, in order of question and sample. `answer` stays empty."""
+    """N chains a question from the reasoning agent itself, in order of question
+    and sample. `answer` stays empty."""
     asked = [reason_prompt(prompts, q) for q in questions for _ in range(samples)]
     replies = engine.generate(asked, sampling)
     outcomes: list[ReasoningPath | FailedPath] = []

@@ -1,4 +1,5 @@
-"""How well a judge agrees with the truth: rank correlation within questions, AUC of right against wrong paths.
+"""How well a judge agrees with the truth: rank correlation within questions,
+AUC of right against wrong paths.
 
 from models.agreement import agreement, oracle_scores
 """
@@ -39,7 +40,8 @@ def agreement(paths: Sequence[ReasoningPath], truths: Sequence[float | None]) ->
 def with_oracle(
     paths: Sequence[ReasoningPath], questions: Mapping[str, Question]
 ) -> tuple[list[ReasoningPath], list[float | None]]:
-    """The paths with what the annotation says of their steps, and the oracle's score of each (boards only)."""
+    """The paths with what the annotation says of their steps, and the
+    oracle's score of each (boards only)."""
     from dataclasses import replace
 
     import numpy as np

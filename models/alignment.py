@@ -1,9 +1,10 @@
-"""Vision pre-training of the embedded model: its tower and connector learn what stands in each cell and where,
-as the towers of large models come pre-trained (SigLIP and the like).
+"""Vision pre-training of the embedded model: its tower and connector learn what stands in each cell and
+where, as the towers of large models come pre-trained (SigLIP and the like).
 
     align_vision(model, pixel_values, digits, Alignment(), seed=0)
 
-Two linear heads read the connector's output tokens, one for the digit and one for the cell; they are thrown away.
+Two linear heads read the connector's output tokens, one for the digit and
+one for the cell; they are thrown away.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def align_vision(
 ) -> float:
     """Train the vision tower and the connector in place; returns the last loss.
 
-    pixel_values(indices): images [n, 3, height, width]; digits: [images, cells], in the order of the image tokens.
+    pixel_values(indices): images [n, 3, height, width]; digits: [images,
+    cells], in the order of the image tokens.
     """
     import torch
     from torch.nn import functional

@@ -3,8 +3,10 @@
     judge = ModelJudge(engine, "short")
     filtered = filter_answers(paths, questions); scored = score_paths(filtered, questions, judge)
 
-1. Answer filter: same meaning as the ground truth = right. Rules first; a model is asked only where rules cannot tell.
-2. Path score: all surviving paths of a question in one call, an integer 1-100 each, comparable within the question.
+1. Answer filter: same meaning as the ground truth = right. Rules first; a model is asked only where rules
+   cannot tell.
+2. Path score: all surviving paths of a question in one call, an integer 1-100 each, comparable within the
+   question.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ Scores = list[int] | None
 
 
 class PathJudge(Protocol):
-    """Scores all given paths of each question, each 1-100; None for a question whose reply could not be read."""
+    """Scores all given paths of each question, each 1-100; None for a
+    question whose reply could not be read."""
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]: ...
 
@@ -49,7 +52,8 @@ class ModelJudge:
 
 
 class RuleJudge:
-    """Scores without a model, for data whose answers can be verified: right paths 60-100 by length of the working."""
+    """Scores without a model, for data whose answers can be verified:
+    right paths 60-100 by length of the working."""
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
         """Right: 60 and 8 for each step (100 at most); wrong or unknown: 1."""
@@ -123,7 +127,8 @@ def parse_verdict(text: str) -> bool | None:
 def score_paths(
     paths: Sequence[ReasoningPath], questions: Mapping[str, Question], judge: PathJudge
 ) -> tuple[list[ReasoningPath], int]:
-    """The paths with scores, all given paths of a question in one call; and how many questions gave no readable reply."""
+    """The paths with scores, all given paths of a question in one call;
+    and how many questions gave no readable reply."""
     groups: dict[str, list[int]] = {}
     for index, path in enumerate(paths):
         groups.setdefault(path.question_id, []).append(index)

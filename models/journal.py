@@ -3,7 +3,8 @@
     journal = Journal(".work/generate/ab12/journal.jsonl")
     results = [journal.once(key, lambda: expensive(batch)) for key, batch in batches]
 
-Keyed by the content that was asked, appended and fsynced after each batch; a line cut off by a kill is dropped.
+Keyed by the content that was asked, appended and fsynced after each batch;
+a line cut off by a kill is dropped.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ Rule = Callable[[Sequence[ReasoningPath], int], Outcome]
 
 
 def best_right_vs_worst_wrong(paths: Sequence[ReasoningPath], pairs: int) -> Outcome:
-    """The best-scored right paths against the worst-scored wrong ones, rank by rank (MPO, arXiv 2411.10442, 3.1)."""
+    """The best-scored right paths against the worst-scored wrong ones,
+    rank by rank (MPO, arXiv 2411.10442, 3.1)."""
     right = sorted((p for p in paths if p.right is True), key=lambda p: (-(p.score or 0), p.sample))
     wrong = sorted((p for p in paths if p.right is False), key=lambda p: ((p.score or 0), p.sample))
     if not right or not wrong:
@@ -40,7 +41,8 @@ def best_right_vs_worst_wrong(paths: Sequence[ReasoningPath], pairs: int) -> Out
 
 
 def best_vs_worst_score(paths: Sequence[ReasoningPath], pairs: int) -> Outcome:
-    """The highest reward against the lowest, ties dropped; a wrong answer counts as less than any right one (RLHFlow)."""
+    """The highest reward against the lowest, ties dropped; a wrong answer counts as
+    less than any right one (RLHFlow)."""
 
     def rank(path: ReasoningPath) -> tuple[bool, int]:
         return path.right is True, path.score or 0
@@ -68,8 +70,9 @@ def build_pairs(
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs of every question and how many questions or pairs were dropped, by reason.
 
-    A pair is dropped when the texts are equal or a side has no text, and when the judge prefers the rejected side or
-    sees less than `min_margin` between them (the judge and the answer filter disagree: not a clear preference).
+    A pair is dropped when the texts are equal or a side has no text,
+    and when the judge prefers the rejected side or sees less than `min_margin` between them
+    (the judge and the answer filter disagree: not a clear preference).
     """
     if rule not in RULES:
         raise ValueError(f"unknown pair rule {rule!r}; one of {', '.join(RULES)}")

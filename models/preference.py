@@ -1,7 +1,8 @@
 """Preference training with TRL (METHOD 1.4, 3): MPO by default, plain DPO and its relatives by parameter.
 
 from models.preference import PreferenceLoss, train_preference
-train_preference(model, reference, processor, pairs, PreferenceLoss(), Budget(learning_rate=5e-7), ".work/dpo", seed=0)
+budget = Budget(learning_rate=5e-7)
+train_preference(model, reference, processor, pairs, PreferenceLoss(), budget, ".work/dpo", seed=0)
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """TRL's loss names with weights. Default: MPO, 0.8 DPO + 0.2 BCO + 1.0 NLL of the chosen (arXiv 2411.10442, eq. 2)."""
+    """TRL's loss names with weights. Default: MPO, 0.8 DPO + 0.2 BCO + 1.0 NLL of the chosen
+    (arXiv 2411.10442, eq. 2)."""
 
     types: list[str] = field(default_factory=lambda: ["sigmoid", "bco_pair", "sft"])
     weights: list[float] = field(default_factory=lambda: [0.8, 0.2, 1.0])
@@ -73,7 +75,8 @@ class PreferenceCollator:
 def encode_pairs(
     encoder: Encoder, pairs: Sequence[PreferenceExample], max_tokens: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"images", "prompt", "chosen", "rejected"} of token ids, and how many pairs were too long and left out."""
+    """Rows {"images", "prompt", "chosen", "rejected"} of token ids,
+    and how many pairs were too long and left out."""
     rows, long = [], 0
     first = next((pair.prompt.images for pair in pairs if pair.prompt.images), None)
     if first:
@@ -113,8 +116,8 @@ def train_preference(
     rows, too_long = encode_pairs(encoder, pairs, budget.max_tokens)
     if not rows:
         raise TrainingError(
-            f"no preference pairs to train on ({len(pairs)} given, {too_long} too long): sample more questions or "
-            "paths, raise the temperature, or choose another pair rule"
+            f"no preference pairs to train on ({len(pairs)} given, {too_long} too long): sample more "
+            "questions or paths, raise the temperature, or choose another pair rule"
         )
     if not budget.train_vision:
         freeze_vision(model)
@@ -135,7 +138,9 @@ def train_preference(
         callbacks=[callback(guard, report)],
     )
     numbers = run_trainer(trainer, guard, folder) | {"pairs": len(rows), "too_long": too_long}
-    last = next((entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {})
+    last: dict[str, Any] = next(
+        (entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {}
+    )
     return numbers | {name: last[key] for name, key in _LAST.items() if key in last}
 
 

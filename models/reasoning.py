@@ -1,10 +1,12 @@
-"""Progressive long-chain generation (METHOD 1.1; Insight-V section 3.1): R_t = M(I, Q, [R_1..R_{t-1}], A_{t-1}).
+"""Progressive long-chain generation (METHOD 1.1; Insight-V section 3.1):
+R_t = M(I, Q, [R_1..R_{t-1}], A_{t-1}).
 
     from models.reasoning import StepLoop
     outcomes = StepLoop(engine, Settings()).run(questions, samples=range(4), seed=0)
 
-One model call a step. A step is JSON {"title", "content", "next_action"}; after `final_answer` (or the step cap)
-a separate call gives R_ans. A chain whose step stays unparsable after the retries is a FailedPath with its reason.
+One model call a step. A step is JSON {"title", "content", "next_action"};
+after `final_answer` (or the step cap) a separate call gives R_ans.
+A chain whose step stays unparsable after the retries is a FailedPath with its reason.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class StepError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Bounds and sampling of a chain. Published: 2-16 steps, 1,024 new tokens a step, 3 attempts, T 0.7, top-p 0.95."""
+    """Bounds and sampling of a chain. Published: 2-16 steps, 1,024 new tokens a step,
+    3 attempts, T 0.7, top-p 0.95."""
 
     prompts: str = "full"
     min_steps: int = 2
@@ -63,7 +66,8 @@ class _Chain:
 
 
 def parse_step(text: str) -> Step:
-    """A reply as a Step. The text is untrusted: StepError names what is wrong (not JSON, missing key, bad action…)."""
+    """A reply as a Step. The text is untrusted: StepError names what is wrong
+    (not JSON, missing key, bad action…)."""
     try:
         value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):

@@ -1,4 +1,5 @@
-"""The records that travel between stages, and their one file format (JSON lines, UTF-8, keys in written order).
+"""The records that travel between stages, and their one file format
+(JSON lines, UTF-8, keys in written order).
 
 python -c "from models.records import read_jsonl; print(next(read_jsonl('data/records.jsonl')))"
 """
@@ -34,7 +35,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Step:
-    """One reasoning step (Insight-V section 3.1): a short title, the detailed content, the action that follows."""
+    """One reasoning step (Insight-V section 3.1): a short title,
+    the detailed content, the action that follows."""
 
     title: str
     content: str
@@ -43,7 +45,8 @@ class Step:
 
 @dataclass(frozen=True)
 class ReasoningPath:
-    """One sampled chain R_1..R_n with its answer R_ans. `score` is the judge's 1-100, `right` the answer filter."""
+    """One sampled chain R_1..R_n with its answer R_ans. `score` is the judge's 1-100,
+    `right` the answer filter."""
 
     question_id: str
     sample: int
@@ -86,7 +89,8 @@ def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield each line as a dict; raises RecordError naming file and line where a line is not a JSON object."""
+    """Yield each line as a dict; raises RecordError naming file and line
+    where a line is not a JSON object."""
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():

@@ -1,7 +1,8 @@
 """The embedded model: a small Idefics3 (SigLIP-style vision tower, pixel shuffle, Llama text model) and its
 tokenizer, built from config and corpus and saved as an ordinary Hugging Face checkpoint.
 
-    python -c "from models.tiny import build_model, TinyConfig; print(sum(p.numel() for p in build_model(TinyConfig()).parameters()))"
+    python -c "from models.tiny import build_model, TinyConfig; \
+        print(sum(p.numel() for p in build_model(TinyConfig()).parameters()))"
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ PROTOCOL_TOKENS = [
     '","next_action":"continue"}',
     '","next_action":"final_answer"}',
 ]
-"""Fixed strings of the step protocol that are one token each, so that a step costs what it says and not its quotes."""
+"""Fixed strings of the step protocol that are one token each,
+so that a step costs what it says and not its quotes."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ 'assistant' if message.role == 'assistant' else 'user' }}|>"
     "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _WORDS = r" ?[A-Za-z]+| ?[0-9]|\n| ?[^A-Za-z0-9\s]|\s+"
@@ -64,7 +67,8 @@ class TinyConfig:
 
 
 def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which a digit is always one token, trained on the corpus; the same corpus gives the same bytes."""
+    """A byte-level BPE in which a digit is always one token, trained on the corpus;
+    the same corpus gives the same bytes."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,10 +1,11 @@
-"""Supervised fine-tuning with TRL, on conversations encoded once; and the guards every training run passes through.
+"""Supervised fine-tuning with TRL, on conversations encoded once;
+and the guards every training run passes through.
 
     from models.training import Budget, train_sft
     report = train_sft(model, processor, conversations, Budget(epochs=2), folder=".work/sft", seed=0)
 
-A run that trained nothing fails: no step taken, a loss or gradient that is not finite, gradients of zero, or a
-weight meant to train that did not move. Killed, the next call continues from the last trainer checkpoint.
+A run that trained nothing fails: no step taken, a loss or gradient that is not finite, gradients of zero, or
+a weight meant to train that did not move. Killed, the next call continues from the last trainer checkpoint.
 """
 
 from __future__ import annotations
@@ -138,7 +139,8 @@ class Guard:
             raise TrainingError("no weight moved: is the learning rate zero?")
         if untouched := [name for name in still if not _may_rest(name)]:
             raise TrainingError(
-                f"{len(untouched)} trained tensors did not move, e.g. {untouched[0]}: freeze them or fix the data"
+                f"{len(untouched)} trained tensors did not move, e.g. {untouched[0]}: "
+                "freeze them or fix the data"
             )
 
 
@@ -207,7 +209,8 @@ def train_sft(
     images: ImageSource | str | Path = "data",
     report: Report | None = None,
 ) -> dict[str, float]:
-    """Train in place on the assistant texts; returns numbers of the run. folder: trainer checkpoints, for resuming.
+    """Train in place on the assistant texts; returns numbers of the run.
+    folder: trainer checkpoints, for resuming.
 
     Raises TrainingError for an empty set and for a run that trained nothing.
     """
@@ -218,7 +221,8 @@ def train_sft(
     rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
     if not rows:
         raise TrainingError(
-            f"nothing to train on: {len(conversations)} conversations, {too_long} longer than {budget.max_tokens}"
+            f"nothing to train on: {len(conversations)} conversations, "
+            f"{too_long} longer than {budget.max_tokens}"
         )
     if not budget.train_vision:
         freeze_vision(model)

@@ -1,6 +1,7 @@
 """A vision-language checkpoint: loading, saving, and turning conversations into tensors.
 
-    python -c "from models.vlm import load; model, processor = load('artifacts/foundation/base'); print(type(model).__name__)"
+    python -c "from models.vlm import load; model, processor = load('artifacts/foundation/base'); \
+        print(type(model).__name__)"
 
 A conversation is a list of turns (user text, assistant text) about one list of images, which stand before the
 first user text: every chain and every sample of a question then shares the same prefix.
@@ -25,7 +26,8 @@ IGNORE = -100
 
 
 class ImageTokenError(ValueError):
-    """A prompt whose image tokens do not match its images; the model would answer without having seen them."""
+    """A prompt whose image tokens do not match its images; the model
+    would answer without having seen them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Conversation:
 def load(
     checkpoint: str | Path, dtype: str = "float32", revision: str | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model (eval mode) and processor of a checkpoint folder or a hub id at a pinned revision; safetensors only."""
+    """Model (eval mode) and processor of a checkpoint folder or a hub id at a
+    pinned revision; safetensors only."""
     from transformers import AutoModelForImageTextToText, AutoProcessor, logging
 
     logging.disable_progress_bar()
@@ -76,8 +79,8 @@ def messages(conversation: Conversation) -> list[dict[str, Any]]:
 class Encoder:
     """Conversations to token ids and image tensors with one processor; every image is processed once.
 
-    images: where pictures come from by name (models.images.folder_images and its relatives), or the folder their
-    paths are relative to. cache: most images kept as tensors.
+    images: where pictures come from by name (models.images.folder_images and its relatives),
+    or the folder their paths are relative to. cache: most images kept as tensors.
     """
 
     def __init__(
@@ -115,14 +118,16 @@ class Encoder:
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
     def pixels(self, images: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """The processor's image tensors of one conversation, e.g. pixel_values [1, images, 3, height, width]."""
+        """The processor's image tensors of one conversation, e.g.
+        pixel_values [1, images, 3, height, width]."""
         return self._pixels(tuple(images)) if images else {}
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _frame(self, images: int, turns: int, closed: bool) -> list[str]:
-        """What the chat template puts around the texts: before and after every user text, ends of turn left out.
+        """What the chat template puts around the texts: before and after
+        every user text, ends of turn left out.
 
         The template is rendered once for each shape of conversation, with marks in place of the texts.
         """
@@ -152,7 +157,8 @@ class Encoder:
         return self._expanded
 
     def prepare(self, images: Sequence[str]) -> None:
-        """Learn from one image what the processor puts in place of an image placeholder (one image size a checkpoint)."""
+        """Learn from one image what the processor puts in place of an image placeholder
+        (one image size a checkpoint)."""
         if self._expanded is None and images:
             out = self.processor(text=[self.processor.image_token], images=[[self._open(images[0])]])
             self._expanded = self.tokenizer.decode(out["input_ids"][0], skip_special_tokens=False)

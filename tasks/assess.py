@@ -2,8 +2,8 @@
 
     python -m tasks.assess
 
-All surviving paths of a question are scored in one call. On annotated data the judge's agreement with the oracle is
-reported, over right and wrong paths alike.
+All surviving paths of a question are scored in one call. On annotated data the judge's agreement with the
+oracle is reported, over right and wrong paths alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ GENERATED, JUDGE = Path("artifacts/generate"), Path("artifacts/judge")
 
 @dataclass(frozen=True)
 class Params:
-    """prompts: the judge's set; agreement_questions: how many questions' paths, wrong ones too, the judge is tested on."""
+    """prompts: the judge's set; agreement_questions: how many questions' paths,
+    wrong ones too, the judge is tested on."""
 
     prompts: str = "short"
     batch_size: int = 128

@@ -2,8 +2,8 @@
 
     python -m tasks.boards                 # writes data/; `dvc add data` then makes it a version
 
-No scan is in two pools (models.boards.scans.POOLS): the foundation learns from its own, the generation stage and
-the preference rounds meet others, validation and test are unseen.
+No scan is in two pools (models.boards.scans.POOLS): the foundation learns from its own,
+the generation stage and the preference rounds meet others, validation and test are unseen.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def build(folder: Path, parts: tuple[Part, ...] = PARTS) -> dict[str, int]:
 
 
 def _opening_family(board: int) -> str:
-    """Family of a board's first question. Every third board opens with `order`, which sets the digits it needs, so
-    that it is as frequent as the others; the rest of the board's questions come from the other families."""
+    """Family of a board's first question. Every third board opens with `order`,
+    which sets the digits it needs, so that it is as frequent as the others;
+    the rest of the board's questions come from the other families."""
     return "order" if board % 3 == 0 else SHARED[board % len(SHARED)]
 
 
@@ -124,9 +125,8 @@ def _draw(digits: Any, pool: str, generator: Any, path: Path) -> None:
 def main() -> None:
     """Build data/ in the working directory."""
     counts = build(Path("data"))
-    print(
-        f"data/: {sum(counts.values()):,} questions ({', '.join(f'{name} {n:,}' for name, n in counts.items())})"
-    )
+    parts = ", ".join(f"{name} {n:,}" for name, n in counts.items())
+    print(f"data/: {sum(counts.values()):,} questions ({parts})")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m tasks.curate
 
-reasoning.jsonl: for each question the highest-scored right path. summary.jsonl: optimal paths, flawed right paths
-drawn across score bands, and wrong-answer paths; the label is always the ground truth.
+reasoning.jsonl: for each question the highest-scored right path. summary.jsonl: optimal paths,
+flawed right paths drawn across score bands, and wrong-answer paths; the label is always the ground truth.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ ASSESSED = Path("artifacts/assess")
 
 @dataclass(frozen=True)
 class Params:
-    """Ratios of the summary pieces to the number of optimal paths; bands: score bands flawed paths are drawn across."""
+    """Ratios of the summary pieces to the number of optimal paths; bands:
+    score bands flawed paths are drawn across."""
 
     min_score: int = 1
     optimal: float = 1.0
@@ -67,7 +68,8 @@ def across_bands(
 
 
 def run(p: Params, seed: int, paths: Sequence[ReasoningPath], stage: StageRun) -> dict[str, Any]:
-    """Write reasoning.jsonl and summary.jsonl; returns counts. Raises StageError where no path is good enough."""
+    """Write reasoning.jsonl and summary.jsonl; returns counts.
+    Raises StageError where no path is good enough."""
     import numpy as np
 
     from models.records import write_jsonl

@@ -17,7 +17,8 @@ from tasks.training_log import training_report
 
 @dataclass(frozen=True)
 class Params:
-    """reference: the policy of this round (`previous`) or the reasoning agent (`sft`). Published: 1 epoch, rate 5e-7."""
+    """reference: the policy of this round (`previous`) or the reasoning agent (`sft`).
+    Published: 1 epoch, rate 5e-7."""
 
     prompts: str = "full"
     reference: Literal["previous", "sft"] = "previous"

@@ -2,7 +2,8 @@
 
     python -m tasks.evaluate --system base            # or multi_agent, r1, r2, ...
 
-Systems: `base` answers directly; `multi_agent` is reasoner and summary agent; rT the same with the reasoner of round T.
+Systems: `base` answers directly; `multi_agent` is reasoner and summary agent;
+rT the same with the reasoner of round T.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""The models that every later stage starts from (METHOD 1.4, ARCHITECTURE of the embedded profile in docs/method.md).
+"""The models that every later stage starts from (METHOD 1.4,
+ARCHITECTURE of the embedded profile in docs/method.md).
 
     python -m tasks.foundation
 
-With `hub` set: resolve and verify that model at its pinned revision. Without: train the embedded one, first its
-vision tower, then the *base* on instruction data (it looks and answers at once, and has seen no chain), then from the
-base the *generator*, which follows the step protocol.
+With `hub` set: resolve and verify that model at its pinned revision. Without: train the embedded one,
+first its vision tower, then the *base* on instruction data (it looks and answers at once,
+and has seen no chain), then from the base the *generator*, which follows the step protocol.
 """
 
 from __future__ import annotations

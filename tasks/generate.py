@@ -2,8 +2,8 @@
 
     python -m tasks.generate
 
-Every failed chain is a record with its reason in failures.jsonl. Chunks of questions are journalled: killed, the
-next run asks only for what is missing and ends with the same bytes.
+Every failed chain is a record with its reason in failures.jsonl. Chunks of questions are journalled:
+killed, the next run asks only for what is missing and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Params:
 def run(
     p: Params, seed: int, questions: Sequence[Question], engine: Engine, stage: StageRun
 ) -> dict[str, Any]:
-    """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError when not one chain was finished."""
+    """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError
+    when not one chain was finished."""
     from models.journal import Journal, key
     from models.reasoning import StepLoop
     from models.records import to_json, write_jsonl

@@ -2,9 +2,10 @@
 
     python -m tasks.instruct
 
-For the handwriting boards: questions with direct answers on boards of their own scans, one conversation a board
-(each question's in-context examples are the earlier ones on the same image), and beside them demonstrations of the
-step protocol and graded paths for the generator and the judge. For imported data: its training records.
+For the handwriting boards: questions with direct answers on boards of their own scans,
+one conversation a board (each question's in-context examples are the earlier ones on the same image),
+and beside them demonstrations of the step protocol and graded paths for the generator and the judge.
+For imported data: its training records.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ META_TIME = "2026-01-01T00:00:00"
 
 @dataclass(frozen=True)
 class Params:
-    """How much to teach. boards: conversations; demonstrations: chains; graded: questions with scored paths."""
+    """How much to teach. boards: conversations; demonstrations: chains;
+    graded: questions with scored paths."""
 
     prompts: str = "short"
     boards: int = 6000

@@ -2,9 +2,9 @@
 
     python -m tasks.judge
 
-`kind: model` with `train: true` (embedded) trains the generator further on graded paths; without, the generator
-judges as it is. `kind: rules` scores verifiable answers without a model. Where data/ is annotated, the judge's
-agreement with the oracle is measured on validation boards.
+`kind: model` with `train: true` (embedded) trains the generator further on graded paths;
+without, the generator judges as it is. `kind: rules` scores verifiable answers without a model.
+Where data/ is annotated, the judge's agreement with the oracle is measured on validation boards.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ def path_judge(folder: str | Path, prompts: str, batch_size: int) -> PathJudge:
 
 
 def training_questions(pool: str, count: int, offset: int = 0, seed: int = 0) -> list[Question]:
-    """`count` training questions of a pool in a fixed random order, from `offset` on, around its end if need be."""
+    """`count` training questions of a pool in a fixed random order,
+    from `offset` on, around its end if need be."""
     import numpy as np
 
     from models.records import read_questions

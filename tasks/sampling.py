@@ -33,7 +33,8 @@ def sample_in_chunks(
     scratch: Path,
     advance: Callable[[int, float], None],
 ) -> list[dict[str, Any]]:
-    """N chains a question as rows (ReasoningPath or, with a `reason`, FailedPath), in order; replayed after a kill."""
+    """N chains a question as rows (ReasoningPath or, with a `reason`, FailedPath),
+    in order; replayed after a kill."""
     from models.agents import sample_reasoning
     from models.engines.base import Sampling
     from models.journal import Journal, key

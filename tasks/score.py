@@ -2,8 +2,8 @@
 
     python -m tasks.score --round r1
 
-All paths of a question, right and wrong, are scored in one call. Ties, all-right and all-wrong questions make no
-pair; every drop is counted by its reason.
+All paths of a question, right and wrong, are scored in one call.
+Ties, all-right and all-wrong questions make no pair; every drop is counted by its reason.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ JUDGE = Path("artifacts/judge")
 
 @dataclass(frozen=True)
 class Params:
-    """rule: a name of models.pairing.RULES; min_margin: least difference of scores; max_pairs: most pairs kept."""
+    """rule: a name of models.pairing.RULES; min_margin: least difference of scores;
+    max_pairs: most pairs kept."""
 
     prompts: str = "full"
     rule: str = "best_right_vs_worst_wrong"
@@ -33,7 +34,8 @@ class Params:
 
 
 def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
-    """Write paths.jsonl and pairs.jsonl; returns what the comparison of rounds needs. Raises StageError without pairs."""
+    """Write paths.jsonl and pairs.jsonl; returns what the comparison of rounds needs.
+    Raises StageError without pairs."""
     from models.agreement import agreement, with_oracle
     from models.assessment import filter_answers, score_paths
     from models.pairing import build_pairs
@@ -55,8 +57,8 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
     pairs, dropped = build_pairs(_groups(scored_paths), p.rule, p.pairs_per_question, p.min_margin)
     if not pairs:
         raise StageError(
-            f"round {this.t} gave no preference pair (dropped: {dropped}): sample more questions or paths, raise the "
-            "temperature, or lower score.min_margin"
+            f"round {this.t} gave no preference pair (dropped: {dropped}): sample more questions or "
+            "paths, raise the temperature, or lower score.min_margin"
         )
     write_jsonl(stage.out / "paths.jsonl", scored_paths)
     write_jsonl(stage.out / "pairs.jsonl", pairs[: p.max_pairs])

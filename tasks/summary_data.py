@@ -2,8 +2,8 @@
 
     python -m tasks.summary_data
 
-The summary agent meets at inference what the reasoner writes, so part of its training set is written by it. The
-label is always the ground truth. General visual questions join in `summary_sft`.
+The summary agent meets at inference what the reasoner writes, so part of its training set is written by it.
+The label is always the ground truth. General visual questions join in `summary_sft`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The summary agent: the base fine-tuned to judge a chain and answer, with general questions mixed in (METHOD 1.4).
+"""The summary agent: the base fine-tuned to judge a chain and answer,
+with general questions mixed in (METHOD 1.4).
 
 python -m tasks.summary_sft
 """
@@ -24,7 +25,8 @@ BASE, RECORDS, INSTRUCT = (
 
 @dataclass(frozen=True)
 class Params:
-    """general: conversations of instruct's set for every summary record. Published: 1.2M records, 1 epoch, rate 1e-5."""
+    """general: conversations of instruct's set for every summary record.
+    Published: 1.2M records, 1 epoch, rate 1e-5."""
 
     prompts: str = "full"
     general: float = 0.5

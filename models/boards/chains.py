@@ -15,7 +15,8 @@ from models.boards.questions import BoardQuestion, running_sum
 from models.records import Step
 
 STRATEGIES = ("glance", "brief", "detailed", "checked")
-"""glance: the answer at once; brief: reads, then the result; detailed: every read worked out; checked: and once more."""
+"""glance: the answer at once; brief: reads, then the result; detailed:
+every read worked out; checked: and once more."""
 
 TERSENESS = {
     "read": 0.90,
@@ -32,8 +33,8 @@ TERSENESS = {
     "largest_line": 0.35,
     "difference": 0.30,
 }
-"""How readily a person answers a question of this family without writing the working down: the share of chains
-that glance or are brief. Families look easy to a different degree."""
+"""How readily a person answers a question of this family without writing the working down:
+the share of chains that glance or are brief. Families look easy to a different degree."""
 
 
 def strategy_shares(family: str) -> dict[str, float]:
@@ -88,7 +89,8 @@ def _reads(question: BoardQuestion) -> str:
 
 
 def _second_route(question: BoardQuestion) -> str:
-    """The same lines read again from the end, sums taken in that order: a route that does not repeat the first."""
+    """The same lines read again from the end, sums taken in that order:
+    a route that does not repeat the first."""
     parts = []
     for (line, digits), work in zip(question.plan.reads, question.plan.work, strict=True):
         back = digits[::-1]

@@ -1,7 +1,8 @@
-"""What the embedded foundation is taught on its own boards: looking and answering for the base, the step protocol
-for the generator, scoring for the judge.
+"""What the embedded foundation is taught on its own boards: looking and answering for the base,
+the step protocol for the generator, scoring for the judge.
 
-    python -c "import numpy as np; from models.boards.lessons import turns; print(turns(np.random.default_rng(0), 'short'))"
+    python -c "import numpy as np; from models.boards.lessons import turns; \
+        print(turns(np.random.default_rng(0), 'short'))"
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ LINES = [f"{kind} {i}" for kind in ("row", "column") for i in range(1, SIDE + 1)
 def turns(
     generator: np.random.Generator, prompts: str, direct: int = 2
 ) -> tuple[Digits, list[tuple[str, str]]]:
-    """A board and questions with direct answers about it: reads, sums of numbers, `direct` reasoning questions.
+    """A board and questions with direct answers about it: reads,
+    sums of numbers, `direct` reasoning questions.
 
     No turn holds reasoning: the base answers at once (METHOD 1.3, general visual question answering).
     """

@@ -1,5 +1,5 @@
-"""The oracle: what the annotation says of every step of a path on a board. It measures judges; it trains none but
-the embedded one, and no stage that a user's own data passes through needs it.
+"""The oracle: what the annotation says of every step of a path on a board. It measures judges;
+it trains none but the embedded one, and no stage that a user's own data passes through needs it.
 
     python -c "from models.boards.oracle import claims; print(claims('row 2 is 3 5 8, 3 + 5 = 9'))"
 """
@@ -70,8 +70,8 @@ def check_claim(claim: str, digits: np.ndarray) -> bool | None:
 def assess_path(steps: Sequence[Step], answer_right: bool, digits: np.ndarray) -> Verdict:
     """Score a path as Insight-V's judge is asked to (section 3.2): step accuracy and detail, 1-100.
 
-    Detail sets the ceiling (an answer without working 20, reads 55, worked out 85, checked 95); every false claim
-    costs 30, a wrong answer 40.
+    Detail sets the ceiling (an answer without working 20, reads 55, worked out 85, checked 95);
+    every false claim costs 30, a wrong answer 40.
     """
     results = [check_claim(claim, digits) for step in steps for claim in claims(step.content)]
     checked = [result for result in results if result is not None]

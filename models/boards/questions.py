@@ -1,15 +1,19 @@
-"""Question families on boards: twelve kinds that need one to four reads and some arithmetic, and single reads.
+"""Question families on boards: twelve kinds that need one to four reads
+and some arithmetic, and single reads.
 
-    python -c "import numpy as np; from models.boards.questions import ask; print(ask(np.random.default_rng(0)))"
+    python -c "import numpy as np; from models.boards.questions import ask; \
+        print(ask(np.random.default_rng(0)))"
 
-A read is one look at a line (a row, a column, a diagonal). Every family is a function of a random generator that
-sets the digits it needs, and gives the text, the answer and the plan: what to look at and how to work it out.
+A read is one look at a line (a row, a column, a diagonal). Every family is
+a function of a random generator that sets the digits it needs, and gives the text, the answer and the plan:
+what to look at and how to work it out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +27,8 @@ Digits = NDArray[np.int64]
 class Plan:
     """How to answer: the lines to read, the working after each line, and the closing working.
 
-    reads: (line name, its digits); work: for each read, statements such as "3 + 5 = 8"; close: statements that
-    join the lines.
+    reads: (line name, its digits); work: for each read, statements such as "3 + 5 = 8";
+    close: statements that join the lines.
     """
 
     reads: list[tuple[str, list[int]]]
@@ -48,7 +52,8 @@ class Resample(Exception):
 
 
 def line_digits(digits: Digits, line: str) -> list[int]:
-    """The digits along "row 2", "column 1", "diagonal" (down) or "other diagonal" (up), left to right / top down."""
+    """The digits along "row 2", "column 1", "diagonal" (down) or "other diagonal"
+    (up), left to right / top down."""
     if line == "diagonal":
         return [int(digits[i, i]) for i in range(SIDE)]
     if line == "other diagonal":
@@ -217,7 +222,7 @@ def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
         else:
             digits[:, int(number) - 1] = ordered
     values = line_digits(digits, line)
-    signs = ["<" if a < b else ">" if a > b else "=" for a, b in zip(values, values[1:], strict=False)]
+    signs = ["<" if a < b else ">" if a > b else "=" for a, b in pairwise(values)]
     work = [f"{a} {sign} {b}" for a, sign, b in zip(values, signs, values[1:], strict=False)]
     answer = "yes" if signs == ["<"] * (SIDE - 1) else "no"
     plan = Plan([(line, values)], [work], [])

@@ -3,7 +3,8 @@
 The 1,797 scans are the test part of "Optical Recognition of Handwritten Digits" (E. Alpaydin, C. Kaynak, UCI
 Machine Learning Repository, CC BY 4.0), as scikit-learn ships them: 8 x 8 pixels, 17 grey levels, 13 writers.
 
-    python -c "from models.boards.scans import split_scans; print({k: len(v) for k, v in split_scans().items()})"
+    python -c "from models.boards.scans import split_scans; \
+        print({k: len(v) for k, v in split_scans().items()})"
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def draw_board(
 def _move(
     cells: NDArray[np.uint8], generator: np.random.Generator, jitter_px: int, turn: float
 ) -> NDArray[np.uint8]:
-    """Shift and shear cells [n, CELL_PX, CELL_PX]; ink that leaves its cell is cut off, never wrapped around."""
+    """Shift and shear cells [n, CELL_PX, CELL_PX]; ink that leaves its cell
+    is cut off, never wrapped around."""
     count = len(cells)
     down, right = generator.integers(-jitter_px, jitter_px + 1, size=(2, count, 1, 1))
     slant = generator.uniform(-turn, turn, size=(count, 1, 1))

@@ -37,7 +37,8 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Answers prompts in batches. The last turn of every conversation is open (its assistant text is empty)."""
+    """Answers prompts in batches. The last turn of every conversation is open
+    (its assistant text is empty)."""
 
     batch_size: int
 

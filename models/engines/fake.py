@@ -1,4 +1,5 @@
-"""An engine without a model, for unit tests and dry runs: answers by a function of the prompt, and counts calls.
+"""An engine without a model, for unit tests and dry runs: answers by a
+function of the prompt, and counts calls.
 
     python -c "from models.engines.fake import FakeEngine; from models.engines.base import *; \
         print(FakeEngine().generate([Conversation([], [('Hello?', '')])], Sampling()))"

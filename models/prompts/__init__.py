@@ -1,4 +1,5 @@
-"""Prompts are files: one text a role, in sets. `short` serves the embedded model, `full` models of 7B and more.
+"""Prompts are files: one text a role, in sets. `short` serves the embedded
+model, `full` models of 7B and more.
 
     python -c "from models.prompts import prompt; print(prompt('short', 'step'))"
 
