@@ -48,7 +48,8 @@ def with_oracle(
 
     from models.boards.oracle import assess_path
 
-    marked, scores = [], []
+    marked: list[ReasoningPath] = []
+    scores: list[float | None] = []
     for path in paths:
         annotation = questions[path.question_id].annotation
         if not annotation or "digits" not in annotation:

@@ -138,6 +138,7 @@ def score_paths(
     )
     scored = list(paths)
     for group, scores in zip(members, results, strict=True):
-        for index, score in zip(group, scores or [None] * len(group), strict=True):
+        given: Sequence[int | None] = scores or [None] * len(group)
+        for index, score in zip(group, given, strict=True):
             scored[index] = replace(paths[index], score=score)
     return scored, sum(scores is None for scores in results)

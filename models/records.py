@@ -104,7 +104,7 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _build(cls: type, row: dict[str, Any], where: str) -> Any:
+def _build(cls: Any, row: dict[str, Any], where: str) -> Any:
     known = cls.__dataclass_fields__
     missing = [
         name for name in ("id", "question_id", "question", "answer") if name in known and name not in row

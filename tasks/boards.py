@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.boards.questions import FAMILIES
+from models.boards.questions import FAMILIES, BoardQuestion
 
 QUESTIONS_PER_BOARD = 4
 SHARED = [family for family in FAMILIES if family != "order"]
@@ -87,6 +87,7 @@ def _questions(part: Part, number: int, folder: Path) -> Iterator[dict[str, Any]
     board = 0
     for index in range(part.questions):
         turn = index % QUESTIONS_PER_BOARD
+        asked: BoardQuestion | None
         if part.set == "perception":
             if turn == 0:
                 digits = random_digits(generator)

@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--system", required=True, help="base, multi_agent, or a key of `rounds` such as r1")
     system = parser.parse_args().system
     p = params.load("evaluate", Params)
-    inputs = ["data", *[path for path in checkpoints(system) if path is not None]]
+    inputs: list[str | Path] = ["data", *[path for path in checkpoints(system) if path is not None]]
     number = rounds.load(system).t if system not in ("base", "multi_agent") else None
     name = f"evaluate@{system}" if number is None else f"evaluate_round@{system}"
     with open_stage(

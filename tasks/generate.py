@@ -54,9 +54,11 @@ def run(
             chunk = questions[start : start + p.chunk]
             chunk_seed = seed * 1_000_003 + start
             asked = key([to_json(q) for q in chunk], p.samples, p.chain.__dict__, chunk_seed)
-            rows += journal.once(
-                asked, lambda c=chunk, s=chunk_seed: [to_json(o) for o in loop.run(c, range(p.samples), s)]
-            )
+
+            def work(chunk: Sequence[Question] = chunk, chunk_seed: int = chunk_seed) -> list[dict[str, Any]]:
+                return [to_json(o) for o in loop.run(chunk, range(p.samples), chunk_seed)]
+
+            rows += journal.once(asked, work)
             advance(len(rows), len(rows))
     paths = [row for row in rows if "reason" not in row]
     failures = [row for row in rows if "reason" in row]

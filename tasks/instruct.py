@@ -68,8 +68,8 @@ def _boards(p: Params, seed: int, out: Path) -> dict[str, int]:
             digits, lesson = turns(generator, p.prompts, p.direct_questions)
             image = draw(digits)
             names = [f"{image}-{turn}" for turn in range(len(lesson))]
-            for turn, (question, answer) in enumerate(lesson):
-                instructions.append(Instruction(names[turn], question, answer, [image], names[:turn]))
+            for turn, (asked, answer) in enumerate(lesson):
+                instructions.append(Instruction(names[turn], asked, answer, [image], names[:turn]))
             last.append(names[-1])
             advance(index + 1, index + 1)
         demonstrations = []

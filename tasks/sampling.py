@@ -15,14 +15,25 @@ if TYPE_CHECKING:
 
 
 class SamplingParams(Protocol):
-    """What a stage that samples has in its parameters."""
+    """What a stage that samples has in its (frozen) parameters."""
 
-    prompts: str
-    samples: int
-    temperature: float
-    top_p: float
-    max_new_tokens: int
-    chunk: int
+    @property
+    def prompts(self) -> str: ...
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def temperature(self) -> float: ...
+
+    @property
+    def top_p(self) -> float: ...
+
+    @property
+    def max_new_tokens(self) -> int: ...
+
+    @property
+    def chunk(self) -> int: ...
 
 
 def sample_in_chunks(

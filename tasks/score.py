@@ -120,7 +120,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def main() -> None:
     """Run the stage in the checkout's root."""
     this, p = rounds.from_arguments(__doc__), params.load("score", Params)
-    inputs = ["data", this.folder("sample"), JUDGE]
+    inputs: list[str | Path] = ["data", this.folder("sample"), JUDGE]
     with open_stage(
         "score", params=settings(p), inputs=inputs, out=this.folder("score"), round=this.t
     ) as stage:

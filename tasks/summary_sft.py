@@ -6,7 +6,6 @@ python -m tasks.summary_sft
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def conversations(p: Params, seed: int) -> list[Any]:
     return rows + general_conversations(round(p.general * len(rows)), seed)
 
 
-def general_conversations(count: int, seed: int) -> Sequence[Any]:
+def general_conversations(count: int, seed: int) -> list[Any]:
     """`count` conversations of the base model's own mix, to keep perception."""
     import numpy as np
 
@@ -84,7 +83,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
 def main() -> None:
     """Run the stage in the checkout's root."""
     p = params.load("summary_sft", Params)
-    inputs = ["data", BASE, RECORDS, INSTRUCT]
+    inputs: list[str | Path] = ["data", BASE, RECORDS, INSTRUCT]
     with open_stage("summary_sft", params=settings(p), inputs=inputs, out="artifacts/summary_sft") as stage:
         stage.metrics(run(p, params.seed(), stage))
 
