@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.boards.questions import line_digits
+from models.boards.scans import SIDE
 from models.records import Step
 
 _READ = re.compile(r"(row \d|column \d|other diagonal|diagonal)( backwards)? is ((?:\d ?)+)$")
-_ARITHMETIC = re.compile(r"(\d+) ([+-]) (\d+) = (\d+)$")
-_COMPARISON = re.compile(r"(\d+) ([<>=]) (\d+)$")
-_COUNT = re.compile(r"((?:\d ?)+|none )make (\d+)$")
-_PARITY = re.compile(r"(\d+) is (even|odd)$")
+_ARITHMETIC = re.compile(r"(\d{1,9}) ([+-]) (\d{1,9}) = (\d{1,9})$")
+_COMPARISON = re.compile(r"(\d{1,9}) ([<>=]) (\d{1,9})$")
+_COUNT = re.compile(r"((?:\d ?)+|none )make (\d{1,9})$")
+_PARITY = re.compile(r"(\d{1,9}) is (even|odd)$")
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,10 @@ def check_claim(claim: str, digits: np.ndarray) -> bool | None:
     """Whether a statement is true of the board; None where it says nothing that can be checked."""
     if match := _READ.match(claim):
         line, backwards, said = match.groups()
-        try:
-            truth = line_digits(digits, line)
-        except IndexError:
+        if line[-1].isdigit() and not 1 <= int(line[-1]) <= SIDE:
             return False
-        return [int(d) for d in said.split()] == (truth[::-1] if backwards else truth)
+        truth = [str(d) for d in line_digits(digits, line)]
+        return said.split() == (truth[::-1] if backwards else truth)
     if match := _ARITHMETIC.match(claim):
         a, sign, b, c = match.groups()
         return int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
