@@ -12,6 +12,7 @@ A chain whose step stays unparsable after the retries is a FailedPath with its r
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +26,8 @@ MAX_TITLE = 200
 MAX_CONTENT = 8000
 MAX_ANSWER = 2000
 THOUGHTS_OPEN, THOUGHTS_CLOSE = "<thoughts>\n", "\n</thoughts>"
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+"""JSON may hold one half of a surrogate pair; no file or tokenizer takes it."""
 
 
 class StepError(ValueError):
@@ -79,6 +82,8 @@ def parse_step(text: str) -> Step:
             raise StepError(f"no {key}")
     if len(value["title"]) > MAX_TITLE or len(value["content"]) > MAX_CONTENT:
         raise StepError("too long")
+    if _HALF_CHARACTER.search(value["title"] + value["content"]):
+        raise StepError("not text")
     if value["next_action"] not in ACTIONS:
         raise StepError("unknown next_action")
     return Step(value["title"].strip(), value["content"].strip(), value["next_action"])
@@ -98,8 +103,16 @@ def step_json(step: Step) -> str:
 
 
 def thoughts(steps: Iterable[Step]) -> str:
-    """Steps as the reasoning agent writes them (METHOD 1.5): lines of `Title: content` inside <thoughts>."""
-    return THOUGHTS_OPEN + "\n".join(f"{step.title}: {step.content}" for step in steps) + THOUGHTS_CLOSE
+    """Steps as the reasoning agent writes them (METHOD 1.5): lines of `Title: content` inside <thoughts>.
+
+    A step is one line: runs of white space become one space, a colon in a title a dash.
+    """
+    return THOUGHTS_OPEN + "\n".join(map(_line, steps)) + THOUGHTS_CLOSE
+
+
+def _line(step: Step) -> str:
+    title, content = " ".join(step.title.replace(":", " - ").split()), " ".join(step.content.split())
+    return f"{title}: {content}"
 
 
 def parse_thoughts(text: str) -> list[Step]:
@@ -108,7 +121,9 @@ def parse_thoughts(text: str) -> list[Step]:
         raise StepError("no thoughts frame")
     body = text.strip()[len(THOUGHTS_OPEN.strip()) : -len(THOUGHTS_CLOSE.strip())].strip()
     pairs = [line.split(":", 1) for line in body.splitlines() if ":" in line]
-    steps = [Step(title.strip(), content.strip()) for title, content in pairs if content.strip()]
+    steps = [
+        Step(title.strip(), content.strip()) for title, content in pairs if title.strip() and content.strip()
+    ]
     if not steps:
         raise StepError("no steps")
     return [*steps[:-1], replace(steps[-1], next_action="final_answer")]
