@@ -54,7 +54,8 @@ def answer_directly(
         [direct_prompt(prompts, q) for q in questions], Sampling(max_new_tokens=max_new_tokens)
     )
     return [
-        AgentAnswer(reply.text.strip(), failure=None if reply.finished else "cut off") for reply in replies
+        AgentAnswer(reply.text.strip(), failure=None if reply.finished else "answer cut off")
+        for reply in replies
     ]
 
 
@@ -77,7 +78,12 @@ def answer_with_agents(
     ]
     replies = summariser.generate(asked, Sampling(max_new_tokens=answer_tokens))
     return [
-        AgentAnswer(reply.text.strip(), chain.text, chain.tokens, failure)
+        AgentAnswer(
+            reply.text.strip(),
+            chain.text,
+            chain.tokens,
+            failure or (None if reply.finished else "answer cut off"),
+        )
         for reply, chain, failure in zip(replies, chains, failures, strict=True)
     ]
 

@@ -102,7 +102,9 @@ def filter_answers(
             asked, _verdicts([marked[i] for i in asked], questions, engine, prompts), strict=True
         ):
             marked[index] = replace(marked[index], right=right)
-            counts["unknown"] += right is None
+            if right is None:
+                counts["by model"] -= 1
+                counts["unknown"] += 1
     return marked, counts
 
 

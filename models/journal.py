@@ -50,9 +50,9 @@ class Journal:
                     break
                 try:
                     row = json.loads(line)
-                except ValueError:
+                    self._done[row["key"]] = row["value"]
+                except (ValueError, KeyError, TypeError):
                     break
-                self._done[row["key"]] = row["value"]
                 whole += len(line)
         if whole < self.path.stat().st_size:
             with self.path.open("r+b") as file:

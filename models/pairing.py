@@ -26,6 +26,9 @@ class Pair:
     margin: int
 
 
+UNSCORED = 101
+"""Where a path without a score stands among the wrong ones: behind every scored one (1-100)."""
+
 Outcome = list[tuple[ReasoningPath, ReasoningPath]] | str
 Rule = Callable[[Sequence[ReasoningPath], int], Outcome]
 
@@ -34,7 +37,7 @@ def best_right_vs_worst_wrong(paths: Sequence[ReasoningPath], pairs: int) -> Out
     """The best-scored right paths against the worst-scored wrong ones,
     rank by rank (MPO, arXiv 2411.10442, 3.1)."""
     right = sorted((p for p in paths if p.right is True), key=lambda p: (-(p.score or 0), p.sample))
-    wrong = sorted((p for p in paths if p.right is False), key=lambda p: ((p.score or 0), p.sample))
+    wrong = sorted((p for p in paths if p.right is False), key=lambda p: (p.score or UNSCORED, p.sample))
     if not right or not wrong:
         return "all_wrong" if not right else "all_right"
     return list(zip(right[:pairs], wrong[:pairs], strict=False))
@@ -70,7 +73,7 @@ def build_pairs(
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs of every question and how many questions or pairs were dropped, by reason.
 
-    A pair is dropped when the texts are equal or a side has no text,
+    A pair is dropped when the texts are equal, when a side has no text or no score,
     and when the judge prefers the rejected side or sees less than `min_margin` between them
     (the judge and the answer filter disagree: not a clear preference).
     """
@@ -105,6 +108,8 @@ def _unfit(chosen: ReasoningPath, rejected: ReasoningPath, min_margin: int) -> s
         return "empty"
     if chosen.text == rejected.text:
         return "equal"
-    if (chosen.score or 0) - (rejected.score or 0) < min_margin:
+    if chosen.score is None or rejected.score is None:
+        return "unscored"
+    if chosen.score - rejected.score < min_margin:
         return "judge_disagrees"
     return None

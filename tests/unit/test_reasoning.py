@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_history_is_only_ever_appended_to() -> None:
     StepLoop(engine, SETTINGS).run(QUESTIONS[:1], [0], seed=0)
     prompts = [asked[0].turns for asked in engine.asked]
     assert [len(turns) for turns in prompts] == [1, 2, 2, 3, 4, 5]
-    for earlier, later in zip(prompts, prompts[1:], strict=False):
+    for earlier, later in pairwise(prompts):
         said = [*earlier[:-1], (earlier[-1][0], later[len(earlier) - 1][1])]
         assert list(later[: len(earlier)]) == said
     assert all(turns[-1][1] == "" and all(answer for _, answer in turns[:-1]) for turns in prompts)

@@ -1,0 +1,154 @@
+"""Pair rules: ties, None, one candidate, equal text, all right or wrong, margins."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.pairing import RULES, best_right_vs_worst_wrong, best_vs_worst_score, build_pairs, distinct
+from models.records import FailedPath, ReasoningPath
+
+
+def path(
+    sample: int, right: bool | None, score: int | None, text: str | None = None, question: str = "q"
+) -> ReasoningPath:
+    return ReasoningPath(question, sample, [], f"text {sample}" if text is None else text, "", right, score)
+
+
+def samples(outcome: object) -> object:
+    return [(a.sample, b.sample) for a, b in outcome] if isinstance(outcome, list) else outcome
+
+
+GROUPS = {
+    "none": [],
+    "one right": [path(0, True, 90)],
+    "one wrong": [path(0, False, 10)],
+    "all right": [path(0, True, 90), path(1, True, 90)],
+    "all wrong": [path(0, False, 10), path(1, False, 30)],
+    "unknown": [path(0, None, 90), path(1, None, 10)],
+    "clear": [path(0, True, 60), path(1, True, 90), path(2, False, 40), path(3, False, 5)],
+    "tie among right": [path(0, True, 90), path(1, True, 90), path(2, False, 5), path(3, False, 5)],
+    "unknown beside": [path(0, None, 100), path(1, True, 50), path(2, False, 40), path(3, None, 1)],
+    "score missing": [path(0, True, None), path(1, True, 50), path(2, False, None), path(3, False, 40)],
+}
+
+
+@pytest.mark.parametrize(
+    ("group", "found"),
+    [
+        ("none", "all_wrong"),
+        ("one right", "all_right"),
+        ("one wrong", "all_wrong"),
+        ("all right", "all_right"),
+        ("all wrong", "all_wrong"),
+        ("unknown", "all_wrong"),
+        ("clear", [(1, 3)]),
+        ("tie among right", [(0, 2)]),
+        ("unknown beside", [(1, 2)]),
+        ("score missing", [(1, 3)]),
+    ],
+)
+def test_best_right_vs_worst_wrong(group: str, found: object) -> None:
+    assert samples(best_right_vs_worst_wrong(GROUPS[group], 1)) == found
+
+
+def test_more_pairs_go_rank_by_rank_and_use_no_path_twice() -> None:
+    assert samples(best_right_vs_worst_wrong(GROUPS["clear"], 9)) == [(1, 3), (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("group", "found"),
+    [
+        ("none", "all_wrong"),
+        ("one right", "tie"),
+        ("one wrong", "all_wrong"),
+        ("all right", "tie"),
+        ("all wrong", "all_wrong"),
+        ("unknown", "all_wrong"),
+        ("clear", [(1, 3)]),
+        ("tie among right", [(0, 3)]),
+        ("unknown beside", [(1, 2)]),
+    ],
+)
+def test_best_vs_worst_score(group: str, found: object) -> None:
+    assert samples(best_vs_worst_score(GROUPS[group], 1)) == found
+
+
+def test_best_vs_worst_score_ranks_a_wrong_answer_below_any_right_one() -> None:
+    lucky = [path(0, True, 20), path(1, False, 95)]
+    assert samples(best_vs_worst_score(lucky, 1)) == [(0, 1)]
+    right = [path(0, True, 20), path(1, True, 95)]
+    assert samples(best_vs_worst_score(right, 1)) == [(1, 0)]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_rule_ever_makes_a_pair_of_equals(rule: str, group: str) -> None:
+    outcome = RULES[rule](GROUPS[group], 4)
+    if isinstance(outcome, str):
+        return
+    assert outcome
+    for chosen, rejected in outcome:
+        assert chosen is not rejected and chosen.right is True and rejected.right is not None
+        assert (chosen.right and not rejected.right) or (chosen.score or 0) > (rejected.score or 0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_order_of_paths_does_not_matter(rule: str) -> None:
+    group = GROUPS["clear"]
+    assert samples(RULES[rule](group, 2)) == samples(RULES[rule](group[::-1], 2))
+
+
+def pairs(group: list[ReasoningPath], **settings: int) -> tuple[list[int], dict[str, int]]:
+    kept, dropped = build_pairs([group], "best_right_vs_worst_wrong", **settings)
+    return [pair.margin for pair in kept], dropped
+
+
+def test_a_pair_holds_texts_scores_and_margin() -> None:
+    (pair,), dropped = build_pairs([GROUPS["clear"]], "best_right_vs_worst_wrong")
+    assert (pair.question_id, pair.chosen, pair.rejected) == ("q", "text 1", "text 3")
+    assert (pair.chosen_score, pair.rejected_score, pair.margin) == (90, 5, 85) and dropped == {}
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        ([path(0, True, 50), path(1, False, 50)], "judge_disagrees"),
+        ([path(0, True, 40), path(1, False, 50)], "judge_disagrees"),
+        ([path(0, True, 90, ""), path(1, False, 50)], "empty"),
+        ([path(0, True, 90), path(1, False, 50, "")], "empty"),
+        ([path(0, True, None), path(1, False, None)], "unscored"),
+        ([path(0, True, 50), path(1, False, None)], "unscored"),
+        ([path(0, True, None), path(1, False, 1)], "unscored"),
+        ([path(0, True, 50), path(1, True, 50)], "all_right"),
+        ([path(0, False, 50)], "all_wrong"),
+    ],
+)
+def test_what_makes_no_pair_is_counted_by_reason(group: list[ReasoningPath], reason: str) -> None:
+    assert pairs(group) == ([], {reason: 1})
+
+
+def test_equal_texts_are_one_path_and_never_a_pair() -> None:
+    group = [path(0, True, 90, "same"), path(1, False, 10, "same")]
+    assert [p.sample for p in distinct([*group, path(2, False, 5)])] == [0, 2]
+    assert pairs(group) == ([], {"all_right": 1})
+    assert pairs([*group, path(2, False, 5)]) == ([85], {})
+
+
+def test_margins_below_the_minimum_are_dropped() -> None:
+    group = [path(0, True, 60), path(1, False, 50)]
+    assert pairs(group, min_margin=10) == ([10], {})
+    assert pairs(group, min_margin=11) == ([], {"judge_disagrees": 1})
+    assert pairs(GROUPS["clear"], pairs_per_question=2, min_margin=50) == ([85], {"judge_disagrees": 1})
+
+
+def test_groups_and_failures_add_up() -> None:
+    kept, dropped = build_pairs(
+        list(GROUPS.values()), "best_right_vs_worst_wrong", failed=[FailedPath("q", 0, "not JSON")] * 3
+    )
+    assert len(kept) + sum(dropped.values()) == len(GROUPS) + 3
+    assert dropped == {"all_right": 2, "all_wrong": 4, "failed_path": 3}
+
+
+def test_an_unknown_rule_names_the_rules() -> None:
+    with pytest.raises(ValueError, match="best_right_vs_worst_wrong"):
+        build_pairs([], "best")
