@@ -90,7 +90,10 @@ class Encoder:
         self.tokenizer = processor.tokenizer
         self._open = images if callable(images) else folder_images(images)
         self._pixels = lru_cache(maxsize=cache)(self._process_images)
+        special = [str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self._expanded: str | None = None
+        self._tokens_per_image = 0
         self._frames: dict[tuple[int, int, bool], list[str]] = {}
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
@@ -100,7 +103,7 @@ class Encoder:
         ids: list[int] = []
         labels: list[int] = []
         for index, (user, assistant) in enumerate(conversation.turns):
-            asked = self._tokens(frame[2 * index] + user + frame[2 * index + 1])
+            asked = self._tokens(frame[2 * index] + self._plain(user) + frame[2 * index + 1])
             said = self.answer_ids(assistant) if assistant else []
             ids += asked + said
             labels += [IGNORE] * len(asked) + said
@@ -115,7 +118,7 @@ class Encoder:
 
     def answer_ids(self, text: str) -> list[int]:
         """An assistant text as it stands in a conversation: its tokens and the end of turn."""
-        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        return [*self._tokens(self._plain(text)), self.tokenizer.eos_token_id]
 
     def pixels(self, images: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """The processor's image tensors of one conversation, e.g.
@@ -124,6 +127,10 @@ class Encoder:
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def _plain(self, text: str) -> str:
+        """A text in which no special token can be read: a user's or a model's `<image>` is no image."""
+        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def _frame(self, images: int, turns: int, closed: bool) -> list[str]:
         """What the chat template puts around the texts: before and after
@@ -146,6 +153,10 @@ class Encoder:
                 text = text.replace(self.processor.image_token, self._placeholder())
             parts = re.split("\u27e6[ua]\\d+\u27e7", text)
             end = self.tokenizer.eos_token
+            if any(not part.startswith(end) for i, part in enumerate(parts) if i and i % 2 == 0 and part):
+                raise ValueError(
+                    f"the chat template does not end the assistant's turns with {end}, the end token"
+                )
             self._frames[key] = [
                 part.removeprefix(end) if i and i % 2 == 0 else part for i, part in enumerate(parts)
             ]
@@ -161,7 +172,9 @@ class Encoder:
         (one image size a checkpoint)."""
         if self._expanded is None and images:
             out = self.processor(text=[self.processor.image_token], images=[[self._open(images[0])]])
-            self._expanded = self.tokenizer.decode(out["input_ids"][0], skip_special_tokens=False)
+            ids = list(out["input_ids"][0])
+            self._expanded = self.tokenizer.decode(ids, skip_special_tokens=False)
+            self._tokens_per_image = ids.count(self.processor.image_token_id)
 
     def _process_images(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
         pictures = [self._open(path) for path in images]
@@ -170,11 +183,10 @@ class Encoder:
         return {key: value for key, value in features.items() if key in kept}
 
     def _check(self, ids: list[int], images: Sequence[str]) -> None:
-        """Image tokens equal images (METHOD 1.5), judged by runs of image tokens."""
-        token = self.processor.image_token_id
-        runs = sum(1 for i, t in enumerate(ids) if t == token and (i == 0 or ids[i - 1] != token))
-        if runs != len(images):
-            raise ImageTokenError(f"{len(images)} images but {runs} runs of image tokens in the prompt")
+        """Image tokens equal images (METHOD 1.5): as many as the processor gives each image."""
+        found, wanted = ids.count(self.processor.image_token_id), len(images) * self._tokens_per_image
+        if found != wanted:
+            raise ImageTokenError(f"{len(images)} images need {wanted} image tokens, the prompt has {found}")
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
@@ -190,8 +202,18 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
 
 
 def stack_pixels(encoder: Encoder, images: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
-    """Image tensors of a batch: concatenated along the first axis, as processors of these families do."""
+    """Image tensors of a batch: concatenated along the first axis, as processors of these families do.
+
+    Where rows have different numbers of images ([1, images, 3, height, width]), all stand in one row: these
+    models hand image features out in order.
+    """
     import torch
 
     parts = [encoder.pixels(row) for row in images if row]
-    return {key: torch.cat([part[key] for part in parts]) for key in parts[0]} if parts else {}
+    joined = {}
+    for key in parts[0] if parts else ():
+        tensors = [part[key] for part in parts]
+        images_second = tensors[0].ndim == 5 and "image_sizes" not in parts[0]
+        uneven = images_second and len({tensor.shape[1] for tensor in tensors}) > 1
+        joined[key] = torch.cat(tensors, dim=1 if uneven else 0)
+    return joined
