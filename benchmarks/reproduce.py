@@ -1,0 +1,158 @@
+"""Two runs from two fresh clones with the same seed: is every data set and checkpoint the same?
+
+    python -m benchmarks.reproduce [--save]           # two whole pipelines, one after the other
+    python -m benchmarks.reproduce --profile tiny     # a quick one
+
+Each clone builds its own data and trains every stage; neither shares a cache, a lock or an MLflow store.
+Compared is the md5 of every output that DVC records. Exit status 1 if one differs; its files are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results, workspace
+from benchmarks.results import Row, Table
+from benchmarks.workspace import WorkspaceError
+from flows import pipeline, profile
+
+RUNS = ("first", "second")
+SHOWN = 5  # differing files named per output
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """Output -> md5 of every stage in dvc.lock, and of the source data."""
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe")
+    lock = yaml.load((folder / "dvc.lock").read_text(encoding="utf-8"))
+    pointer = yaml.load((folder / "data.dvc").read_text(encoding="utf-8"))
+    return recorded([pointer, *lock["stages"].values()])
+
+
+def recorded(entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Output -> md5 of DVC's entries."""
+    return {out["path"]: str(out["md5"]) for entry in entries for out in entry.get("outs", [])}
+
+
+def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
+    """Outputs that only one run has, or whose md5s differ."""
+    return sorted(path for path in {*first, *second} if first.get(path) != second.get(path))
+
+
+def differing_files(first: Path, second: Path) -> list[str]:
+    """Files below two folders that are not the same, relative to them."""
+    names = {
+        path.relative_to(folder).as_posix()
+        for folder in (first, second)
+        for path in ([folder] if folder.is_file() else folder.rglob("*"))
+        if path.is_file()
+    }
+    return sorted(name for name in names if not _same(first / name, second / name))
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def checkpoints(folder: Path, paths: Sequence[str]) -> list[str]:
+    """The outputs that hold weights."""
+    return [path for path in paths if next((folder / path).rglob("*.safetensors"), None)]
+
+
+def run_once(folder: Path, seed: int, profile_name: str | None, rounds: int | None) -> float:
+    """A fresh clone with everything run; returns seconds."""
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.monotonic()
+    workspace.make(folder, seed, profile_name=profile_name, rounds=rounds)
+    workspace.execute(folder, ["dvc", "repro"])
+    if stale := workspace.waiting(folder):
+        raise WorkspaceError(f"{', '.join(stale)} are stale after the run in {folder}")
+    stages = {stage.name for stage in pipeline.stages(folder)}
+    print(f"{folder.name} run: {len(stages)} stages in {(time.monotonic() - began) / 60:.1f} min", flush=True)
+    return time.monotonic() - began
+
+
+def judge(
+    found: Sequence[Mapping[str, str]], weights: Sequence[str], minutes: Sequence[float]
+) -> tuple[list[Row], Table]:
+    """Rows and the table of two runs. weights: outputs that hold checkpoints."""
+    first, second = found
+    wrong = differing(first, second)
+    everything = sorted({*first, *second})
+    groups = {
+        "data sets and reports": [path for path in everything if path not in weights],
+        "checkpoints": list(weights),
+    }
+    rows = [
+        Row(f"{name} with the same md5 in both runs", len(paths) - len(set(paths) & set(wrong)),
+            f"of {len(paths)}", f"= {len(paths)}", bool(paths) and not set(paths) & set(wrong))
+        for name, paths in groups.items()
+    ]  # fmt: skip
+    rows += [
+        Row(f"whole pipeline from a fresh clone, {name} run", round(value, 1), "minutes")
+        for name, value in zip(RUNS, minutes, strict=True)
+    ]
+    cells = [
+        [path, "checkpoint" if path in weights else "data", *(of.get(path, "–")[:12] for of in found),
+         "NO" if path in wrong else "yes"]
+        for path in everything
+    ]  # fmt: skip
+    return rows, Table("Outputs of two runs", ("Output", "Holds", *RUNS, "Same"), cells)
+
+
+def explain(folders: Sequence[Path], wrong: Sequence[str]) -> None:
+    """Name the files that differ in each differing output."""
+    for path in wrong:
+        names = differing_files(*(folder / path for folder in folders))
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        print(f"differs: {path}: {', '.join(names[:SHOWN])}{more}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--profile", help="a file of profiles/ by name (default: the committed params.yaml)")
+    parser.add_argument("--rounds", type=int, help="preference rounds T")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", action="store_true", help="leave the two clones in .work/reproduce")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the pipeline twice and compare."""
+    args, home = arguments(), results.ROOT / ".work" / "reproduce"
+    if changed := results.uncommitted():
+        print(
+            f"note: clones are of the commit; uncommitted and left out: {', '.join(changed)}", file=sys.stderr
+        )
+    folders = [home / name for name in RUNS]
+    try:
+        with workspace.alone(home):
+            minutes = []
+            for folder in folders:
+                minutes.append(run_once(folder, args.seed, args.profile, args.rounds) / 60)
+            found = [outputs(folder) for folder in folders]
+            wrong = differing(*found)
+            explain(folders, wrong)
+            rows, table = judge(found, checkpoints(folders[0], sorted(found[0])), minutes)
+            if not args.keep and not wrong:
+                for folder in folders:
+                    shutil.rmtree(folder)
+    except (WorkspaceError, pipeline.PipelineError, profile.ProfileError) as error:
+        sys.exit(str(error))
+    name = "reproduce" if args.profile is None else f"reproduce-{args.profile}"
+    return results.finish(name, rows, [results.row_table(name, rows), table], args.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
