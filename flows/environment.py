@@ -42,6 +42,7 @@ def prepare() -> None:
         "DVC_NO_ANALYTICS": "1",
         "GIT_PYTHON_REFRESH": "quiet",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     }
     for name, value in defaults.items():

@@ -32,6 +32,7 @@ class Params:
     prompts: str = "short"
     boards: int = 6000
     direct_questions: int = 2
+    drills: int = 3
     demonstrations: int = 5000
     graded: int = 2500
     judge_paths: int = 4
@@ -65,7 +66,7 @@ def _boards(p: Params, seed: int, out: Path) -> dict[str, int]:
     last: list[str] = []
     with meter("boards", p.boards + p.demonstrations + p.graded) as advance:
         for index in range(p.boards):
-            digits, lesson = turns(generator, p.prompts, p.direct_questions)
+            digits, lesson = turns(generator, p.prompts, p.direct_questions, p.drills)
             image = draw(digits)
             names = [f"{image}-{turn}" for turn in range(len(lesson))]
             for turn, (asked, answer) in enumerate(lesson):

@@ -19,14 +19,20 @@ from models.boards.questions import (
     Digits,
     ask,
     ask_on,
+    condition,
     line_digits,
     random_digits,
     read_cell,
+    running_extreme,
+    running_sum,
 )
 from models.boards.scans import SIDE
 from models.prompts import fill
 from models.reasoning import thoughts
 from models.records import Step
+
+DRILLS = {"add": 0.35, "take": 0.15, "extreme": 0.15, "count": 0.2, "parity": 0.05, "compare": 0.1}
+"""Share of each kind of drill."""
 
 LINES = [f"{kind} {i}" for kind in ("row", "column") for i in range(1, SIDE + 1)] + [
     "diagonal",
@@ -35,29 +41,25 @@ LINES = [f"{kind} {i}" for kind in ("row", "column") for i in range(1, SIDE + 1)
 
 
 def turns(
-    generator: np.random.Generator, prompts: str, direct: int = 2
+    generator: np.random.Generator, prompts: str, direct: int = 2, drills: int = 3
 ) -> tuple[Digits, list[tuple[str, str]]]:
-    """A board and questions with direct answers about it: reads,
-    sums of numbers, `direct` reasoning questions.
+    """A board and questions about it: reads, `direct` reasoning questions answered at once, `drills`.
 
     No turn holds reasoning: the base answers at once (METHOD 1.3, general visual question answering).
     """
     opening = ask(generator, "order") if generator.random() < 1 / 3 else None
     digits = opening.digits if opening else random_digits(generator)
-    lesson = [
-        (
-            "Read the board.",
-            ", ".join(f"row {i + 1} is {_join(row)}" for i, row in enumerate(digits.tolist())),
-        )
-    ]
-    lesson += [
-        (f"Read {line}.", _join(line_digits(digits, line)))
-        for line in generator.choice(LINES, size=2, replace=False)
-    ]
+    rows = ", ".join(f"row {i + 1} is {_join(row)}" for i, row in enumerate(digits.tolist()))
+    line = str(generator.choice(LINES))
+    back = " backwards" if generator.random() < 0.25 else ""
+    seen = line_digits(digits, line)[:: -1 if back else 1]
     cell = read_cell(digits, generator)
-    lesson.append((fill(prompts, "direct", question=cell.text), cell.answer))
-    a, b = int(generator.integers(0, 19)), int(generator.integers(0, 10))
-    lesson.append((f"What is {a} + {b}?", str(a + b)))
+    lesson = [
+        ("Read the board.", rows),
+        (f"Read {line}{back}.", f"{line}{back} is {_join(seen)}"),
+        (fill(prompts, "direct", question=cell.text), cell.answer),
+        *(drill(generator) for _ in range(drills)),
+    ]
     asked = [opening] if opening else []
     while len(asked) < direct:
         question = ask_on(digits, generator, str(generator.choice([f for f in FAMILIES if f != "order"])))
@@ -65,6 +67,31 @@ def turns(
     lesson += [(fill(prompts, "direct", question=q.text), q.answer) for q in asked]
     order = generator.permutation(len(lesson))
     return digits, [lesson[i] for i in order]
+
+
+def drill(generator: np.random.Generator) -> tuple[str, str]:
+    """A small exercise with numbers that are written down: adding, taking away, comparing, counting."""
+    values = [int(d) for d in generator.integers(0, 10, size=SIDE)]
+    first, second = (int(n) for n in generator.integers(0, 28, size=2))
+    kind = str(generator.choice(list(DRILLS), p=list(DRILLS.values())))
+    if kind == "add":
+        return f"Add {_join(values)}.", ", ".join(running_sum(values))
+    if kind == "take":
+        low, high = sorted((first, second))
+        return f"Take {low} from {high}.", f"{high} - {low} = {high - low}"
+    if kind == "extreme":
+        largest = bool(generator.integers(2))
+        numbers = values if generator.integers(2) else [first, second, int(generator.integers(0, 28))]
+        work, best = running_extreme(numbers, largest)
+        return f"{'Largest' if largest else 'Smallest'} of {_join(numbers)}.", f"{', '.join(work)}, {best}"
+    if kind == "count":
+        phrase, holds = condition(generator)
+        kept = [d for d in values if holds(d)]
+        return f"Which of {_join(values)} are {phrase}?", f"{_join(kept) or 'none'} make {len(kept)}"
+    if kind == "parity":
+        return f"Is {first} even or odd?", f"{first} is {'odd' if first % 2 else 'even'}"
+    sign = "<" if first < second else ">" if first > second else "="
+    return f"Compare {first} and {second}.", f"{first} {sign} {second}"
 
 
 def demonstration(generator: np.random.Generator) -> tuple[BoardQuestion, str, list[Step]]:
@@ -102,10 +129,10 @@ def spoil(steps: Sequence[Step], generator: np.random.Generator) -> list[Step]:
 
 
 def graded_paths(generator: np.random.Generator, most: int = 4) -> tuple[BoardQuestion, list[str], list[int]]:
-    """A question, two to `most` paths of mixed strategies, some spoiled, and the oracle's scores."""
+    """A question, one to `most` paths of mixed strategies, some spoiled, and the oracle's scores."""
     question = any_question(generator)
     paths, scores = [], []
-    for _ in range(int(generator.integers(2, most + 1))):
+    for _ in range(int(generator.integers(1, most + 1))):
         steps = chain(question, str(generator.choice(STRATEGIES)))
         for _ in range(int(generator.choice(3, p=[0.5, 0.35, 0.15]))):
             steps = spoil(steps, generator)

@@ -124,7 +124,8 @@ def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     return BoardQuestion("compare", f"Which has the larger sum, {first} or {second}?", answer, digits, plan)
 
 
-def _condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool]]:
+def condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool]]:
+    """A condition on a digit: how it is said, and whether a digit meets it."""
     kind = generator.choice(["greater", "less", "even", "odd"])
     limit = int(generator.integers(2, 8))
     if kind == "greater":
@@ -146,7 +147,7 @@ def _counting(
 
 def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     first, second = _two_lines(generator)
-    phrase, holds = _condition(generator)
+    phrase, holds = condition(generator)
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
     work, close, total = _counting(lines, holds)
     plan = Plan(lines, work, close)
@@ -155,7 +156,7 @@ def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestio
 
 
 def _count_board(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
-    phrase, holds = _condition(generator)
+    phrase, holds = condition(generator)
     lines = [(f"row {row}", line_digits(digits, f"row {row}")) for row in range(1, SIDE + 1)]
     work, close, total = _counting(lines, holds)
     plan = Plan(lines, work, close)
@@ -172,7 +173,7 @@ def _two_conditions(digits: Digits, generator: np.random.Generator) -> BoardQues
     return BoardQuestion("two_conditions", text, str(total), digits, plan)
 
 
-def _extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
+def running_extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
     """Statements of a running comparison and the largest (smallest) value."""
     best, statements = values[0], []
     for value in values[1:]:
@@ -185,7 +186,7 @@ def _extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
 def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     line, largest = _line(generator), bool(generator.integers(2))
     values = line_digits(digits, line)
-    work, best = _extreme(values, largest)
+    work, best = running_extreme(values, largest)
     word = "largest" if largest else "smallest"
     plan = Plan([(line, values)], [work], [])
     return BoardQuestion("largest", f"What is the {word} digit in {line}?", str(best), digits, plan)
@@ -194,7 +195,7 @@ def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
 def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     row, largest = int(generator.integers(1, SIDE + 1)), bool(generator.integers(2))
     values = line_digits(digits, f"row {row}")
-    work, best = _extreme(values, largest)
+    work, best = running_extreme(values, largest)
     if values.count(best) > 1:
         raise Resample
     column, word = values.index(best) + 1, "largest" if largest else "smallest"
@@ -233,7 +234,7 @@ def _largest_line(digits: Digits, generator: np.random.Generator) -> BoardQuesti
     kind = str(generator.choice(["row", "column"]))
     lines = [(f"{kind} {i}", line_digits(digits, f"{kind} {i}")) for i in range(1, SIDE + 1)]
     sums = [sum(values) for _, values in lines]
-    close, best = _extreme(sums, largest=True)
+    close, best = running_extreme(sums, largest=True)
     if sums.count(best) > 1:
         raise Resample
     answer = lines[sums.index(best)][0]

@@ -1,0 +1,283 @@
+"""Training: every tensor meant to move moves and no other, runs that train nothing fail, resumed == uninterrupted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from models.preference import PreferenceExample, PreferenceLoss, train_preference
+from models.training import Budget, Guard, TrainingError, arguments, train_sft
+from models.vlm import Conversation
+from tests.support.tiny_vlm import lessons, picture
+
+BUDGET = Budget(epochs=2, batch_size=4, learning_rate=1e-3, save_steps=2)
+PAIRS = [
+    PreferenceExample(
+        Conversation([f"picture {n}"], [(f"What is the sum of row {n % 3 + 1}?", "")]),
+        f"it is {n}",
+        f"it is {n + 1} or more",
+    )
+    for n in range(6)
+]
+
+
+def weights(model: Any) -> dict[str, Any]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def moved(before: dict[str, Any], model: Any) -> set[str]:
+    return {name for name, p in model.named_parameters() if not bool((p.detach() == before[name]).all())}
+
+
+def same(one: Any, other: Any) -> bool:
+    return not moved(weights(one), other)
+
+
+def in_vision(name: str) -> bool:
+    return ".vision_model." in name
+
+
+@pytest.fixture
+def sft(tiny_model: Any, tiny_processor: Any, tmp_path: Path) -> Any:
+    """sft(budget, conversations, model, folder, report): one run on the lessons, unless told otherwise."""
+
+    def train(
+        budget: Budget = BUDGET,
+        conversations: Any = None,
+        model: Any = None,
+        folder: str = "steps",
+        report: Any = None,
+    ) -> tuple[Any, dict[str, float]]:
+        model = model if model is not None else tiny_model()
+        data = lessons() if conversations is None else conversations
+        return model, train_sft(
+            model, tiny_processor, data, budget, tmp_path / folder, 7, picture, report=report
+        )
+
+    return train
+
+
+@pytest.fixture
+def dpo(tiny_model: Any, tiny_processor: Any, tmp_path: Path) -> Any:
+    """dpo(budget, pairs, loss): one run of preference training from a random policy."""
+
+    def train(
+        budget: Budget = BUDGET,
+        pairs: Any = PAIRS,
+        loss: PreferenceLoss | None = None,
+        folder: str = "steps",
+        report: Any = None,
+    ) -> tuple[Any, dict[str, float]]:
+        model, reference = tiny_model(), tiny_model()
+        before = weights(reference)
+        numbers = train_preference(
+            model,
+            reference,
+            tiny_processor,
+            pairs,
+            loss or PreferenceLoss(),
+            budget,
+            tmp_path / folder,
+            7,
+            picture,
+            report=report,
+        )
+        assert not moved(before, reference)
+        return model, numbers
+
+    return train
+
+
+def test_sft_moves_all_that_trains_and_nothing_that_is_frozen(
+    sft: Any, tiny_model: Any, tmp_path: Path
+) -> None:
+    before = weights(tiny_model())
+    model, numbers = sft()
+    assert moved(before, model) == {name for name in before if not in_vision(name)}
+    assert numbers["steps"] == 6 and numbers["examples"] == 12 and numbers["too_long"] == 0
+    assert numbers["last_loss"] < numbers["first_loss"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not (tmp_path / "steps").exists() and model.config.use_cache
+
+
+def test_vision_trains_when_told_to(sft: Any, tiny_model: Any) -> None:
+    before = weights(tiny_model())
+    model, _ = sft(replace(BUDGET, train_vision=True))
+    assert moved(before, model) >= {name for name in before if not name.endswith("bias")}
+
+
+def test_the_same_seed_gives_the_same_weights(sft: Any) -> None:
+    assert same(sft(folder="one")[0], sft(folder="two")[0])
+
+
+def test_only_what_the_assistant_says_is_learnt(sft: Any) -> None:
+    """Another question of as many tokens changes the input, not which tokens carry a loss."""
+    silent = [Conversation(c.images, [(c.turns[0][0], "")]) for c in lessons()]
+    with pytest.raises(TrainingError, match="loss|gradients"):
+        sft(conversations=silent)
+
+
+@pytest.mark.parametrize(
+    ("budget", "conversations", "advice"),
+    [
+        (BUDGET, [], "nothing to train on: 0 conversations"),
+        (replace(BUDGET, max_tokens=5), None, "nothing to train on: 12 conversations, 12 longer than 5"),
+        (replace(BUDGET, learning_rate=0.0), None, "learning rate zero"),
+    ],
+)
+def test_a_run_that_trains_nothing_fails(sft: Any, budget: Budget, conversations: Any, advice: str) -> None:
+    with pytest.raises(TrainingError, match=advice):
+        sft(budget, conversations)
+
+
+def test_conversations_that_are_too_long_are_left_out_and_counted(sft: Any) -> None:
+    long = Conversation(["x"], [("What is the sum of row 1?", "and more " * 200)])
+    _, numbers = sft(replace(BUDGET, max_tokens=150), [*lessons(), long])
+    assert numbers["examples"] == 12 and numbers["too_long"] == 1
+
+
+def test_one_step_is_a_step(sft: Any) -> None:
+    """Warm-up never eats the whole of a short run."""
+    model, numbers = sft(replace(BUDGET, epochs=1, batch_size=16))
+    assert numbers["steps"] == 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 40, 1000])
+def test_warm_up_leaves_a_step_of_full_rate(steps: int, tmp_path: Path) -> None:
+    given = arguments(replace(BUDGET, epochs=1, batch_size=1), tmp_path, 0, steps)
+    assert given["warmup_steps"] == min(steps - 1, -(-steps // 20))
+
+
+def test_weights_that_are_not_finite_fail(sft: Any, tiny_model: Any) -> None:
+    broken = tiny_model()
+    broken.get_input_embeddings().weight.data[20:] = float("nan")
+    with pytest.raises(TrainingError, match="not finite|is nan"):
+        sft(model=broken)
+
+
+def test_a_rate_that_blows_up_fails(sft: Any) -> None:
+    with pytest.raises(TrainingError, match="not finite|is nan|is inf"):
+        sft(replace(BUDGET, learning_rate=1e30, max_grad_norm=1e30, warmup=0.0))
+
+
+def test_the_guard_sees_a_nan_that_no_log_has_shown(tiny_model: Any) -> None:
+    model = tiny_model()
+    guard = Guard(model)
+    for parameter in model.parameters():
+        parameter.data.add_(1e-3)
+    guard.finish(model, 1)
+    model.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(TrainingError, match="not finite"):
+        guard.finish(model, 1)
+
+
+def test_the_guard_names_a_tensor_that_stayed(tiny_model: Any) -> None:
+    model = tiny_model()
+    guard = Guard(model)
+    for name, parameter in model.named_parameters():
+        if "connector" not in name:
+            parameter.data.add_(1e-3)
+    with pytest.raises(TrainingError, match=r"connector.*freeze them"):
+        guard.finish(model, 1)
+    with pytest.raises(TrainingError, match="no training step"):
+        guard.finish(model, 0)
+    guard.norms = [0.0]
+    with pytest.raises(TrainingError, match="gradients were zero"):
+        guard.finish(model, 1)
+
+
+class Killed(BaseException):
+    """Nothing catches it, like a signal."""
+
+
+def kill_at(step: int) -> Any:
+    def report(numbers: dict[str, float], at: int, steps: int) -> None:
+        if at >= step:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(sft: Any, tmp_path: Path, at: int) -> None:
+    """Six steps, three an epoch, a checkpoint every two: killed before the first, in an epoch, and in the next."""
+    whole, numbers = sft(folder="whole")
+    with pytest.raises(Killed):
+        sft(folder="killed", report=kill_at(at))
+    assert (tmp_path / "killed").is_dir() == (at > 1)
+    seen: list[int] = []
+    resumed, again = sft(folder="killed", report=lambda numbers, step, steps: seen.append(step))
+    assert seen[0] == {1: 1, 3: 3, 5: 5}[at], "it started anew"
+    assert same(whole, resumed) and again == numbers
+
+
+def test_numbers_do_not_depend_on_a_kill_between_two_logs(sft: Any, tmp_path: Path) -> None:
+    """160 steps log every third; checkpoints must not stand between two logs."""
+    budget = Budget(max_steps=160, batch_size=1, learning_rate=1e-3, save_steps=20)
+    few = lessons(4, 1)
+    whole, numbers = sft(budget, few, folder="whole")
+    with pytest.raises(Killed):
+        sft(budget, few, folder="killed", report=kill_at(100))
+    resumed, again = sft(budget, few, folder="killed")
+    assert same(whole, resumed) and again == numbers
+
+
+def test_a_checkpoint_cut_off_by_a_kill_is_passed_over(sft: Any, tmp_path: Path) -> None:
+    whole, numbers = sft(folder="whole")
+    with pytest.raises(Killed):
+        sft(folder="killed", report=kill_at(3))
+    half = tmp_path / "killed/checkpoint-4"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    resumed, again = sft(folder="killed")
+    assert same(whole, resumed) and again == numbers
+
+
+def test_the_loss_falls_on_what_it_learns_by_heart(sft: Any) -> None:
+    _, numbers = sft(replace(BUDGET, max_steps=40, learning_rate=3e-3), lessons(4, 1))
+    assert numbers["last_loss"] < 0.5 * numbers["first_loss"]
+
+
+@pytest.mark.parametrize(
+    "loss", [PreferenceLoss(), PreferenceLoss(["sigmoid"], [1.0])], ids=["mpo", "dpo"]
+)
+def test_preference_training_moves_all_that_trains(dpo: Any, tiny_model: Any, loss: PreferenceLoss) -> None:
+    before = weights(tiny_model())
+    model, numbers = dpo(replace(BUDGET, epochs=4), loss=loss)
+    assert moved(before, model) == {name for name in before if not in_vision(name)}
+    assert numbers["pairs"] == 6 and numbers["steps"] == 8
+    assert numbers["implicit_reward_margin"] > 0 and numbers["implicit_reward_accuracy"] == 1
+
+
+def test_one_preference_step_is_a_step(dpo: Any) -> None:
+    _, numbers = dpo(Budget(epochs=1, batch_size=16, learning_rate=5e-7))
+    assert numbers["steps"] == 1
+
+
+def test_no_pairs_fail_with_advice(dpo: Any) -> None:
+    with pytest.raises(TrainingError, match=r"no preference pairs.*raise the temperature"):
+        dpo(pairs=[])
+    with pytest.raises(TrainingError, match=r"6 given, 6 too long"):
+        dpo(replace(BUDGET, max_tokens=5))
+
+
+def test_a_preference_run_at_rate_zero_fails(dpo: Any) -> None:
+    with pytest.raises(TrainingError, match="learning rate zero"):
+        dpo(replace(BUDGET, learning_rate=0.0))
+
+
+def test_killed_preference_training_ends_with_the_same_bits(dpo: Any) -> None:
+    budget = replace(BUDGET, epochs=3)
+    whole, numbers = dpo(budget, folder="whole")
+    with pytest.raises(Killed):
+        dpo(budget, folder="killed", report=kill_at(5))
+    resumed, again = dpo(budget, folder="killed")
+    assert same(whole, resumed) and again == numbers
+
+
+def test_pictures_reach_the_preference_loss(dpo: Any) -> None:
+    shuffled = [replace(pair, prompt=Conversation(["other"], pair.prompt.turns)) for pair in PAIRS]
+    assert not same(dpo(folder="one")[0], dpo(pairs=shuffled, folder="two")[0])
