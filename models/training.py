@@ -10,6 +10,7 @@ a weight meant to train that did not move. Killed, the next call continues from 
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -59,6 +60,7 @@ def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[st
         if budget.max_steps > 0
         else math.ceil(examples * budget.epochs / budget.batch_size / budget.accumulate)
     )
+    log_every = max(1, steps // 50)
     return {
         "output_dir": str(folder),
         "num_train_epochs": budget.epochs,
@@ -66,7 +68,9 @@ def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[st
         "per_device_train_batch_size": budget.batch_size,
         "gradient_accumulation_steps": budget.accumulate,
         "learning_rate": budget.learning_rate,
-        "warmup_steps": math.ceil(budget.warmup * steps),
+        "warmup_steps": min(
+            math.ceil(budget.warmup * steps), steps - 1
+        ),  # the first step of a warm-up is at rate 0
         "lr_scheduler_type": budget.schedule,
         "weight_decay": budget.weight_decay,
         "max_grad_norm": budget.max_grad_norm,
@@ -75,8 +79,9 @@ def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[st
         "gradient_checkpointing": budget.gradient_checkpointing,
         "seed": seed,
         "data_seed": seed,
-        "logging_steps": max(1, steps // 50),
-        "save_steps": budget.save_steps,
+        "logging_steps": log_every,
+        "save_steps": math.ceil(budget.save_steps / log_every)
+        * log_every,  # a resumed run logs the same means
         "save_total_limit": 1,
         "report_to": "none",
         "disable_tqdm": True,
@@ -137,6 +142,8 @@ class Guard:
         ]
         if still and len(still) == len(self.before):
             raise TrainingError("no weight moved: is the learning rate zero?")
+        if broken := [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+            raise TrainingError(f"{broken[0]} is not finite: lower the learning rate, or check the data")
         if untouched := [name for name in still if not _may_rest(name)]:
             raise TrainingError(
                 f"{len(untouched)} trained tensors did not move, e.g. {untouched[0]}: "
@@ -244,15 +251,14 @@ def train_sft(
 def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, float]:
     """Train, from the last checkpoint in `folder` if there is one, under the guard; then tidy up."""
     from transformers import ProgressCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     trainer.remove_callback(ProgressCallback)
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
     folder = Path(folder)
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    outcome = trainer.train(resume_from_checkpoint=last)
+    last = last_checkpoint(folder)
+    outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     guard.finish(model, trainer.state.global_step)
     model.config.use_cache = True
@@ -266,6 +272,21 @@ def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, flo
         "first_loss": losses[0] if losses else outcome.training_loss,
         "last_loss": sum(tail) / len(tail) if tail else outcome.training_loss,
     }
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a trainer's folder; those that a kill cut off are removed.
+
+    The trainer writes trainer_state.json last.
+    """
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            whole.append(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 
 
 def budget_dict(budget: Budget) -> dict[str, Any]:

@@ -126,6 +126,8 @@ class Encoder:
         return self._pixels(tuple(images)) if images else {}
 
     def _tokens(self, text: str) -> list[int]:
+        if self.tokenizer.is_fast:  # a tenth of the time of the call that makes a BatchEncoding
+            return list(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def _plain(self, text: str) -> str:

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from models.mimicit import Instruction, Meta, write_folder
+from models.records import read_questions, to_json, write_jsonl
 from tasks import params
 from tasks.meter import meter
-from tasks.stage import open_stage, settings
+from tasks.stage import StageError, open_stage, settings
 
 META_TIME = "2026-01-01T00:00:00"
 
@@ -38,63 +39,94 @@ class Params:
     judge_paths: int = 4
 
 
+class InstructionSet:
+    """What the stage collects: instructions with their images, demonstrations and graded paths."""
+
+    def __init__(self) -> None:
+        self.instructions: list[Instruction] = []
+        self.trained: list[str] = []
+        self.images: dict[str, bytes] = {}
+        self.boards: list[dict[str, Any]] = []
+        self.demonstrations: list[dict[str, Any]] = []
+        self.graded: list[dict[str, Any]] = []
+
+    def board(self, digits: Any, generator: Any) -> str:
+        """Draw a board of the foundation's scans; returns its image id."""
+        name = f"board-{len(self.boards):06d}"
+        self.images[name] = _png(digits, generator)
+        self.boards.append({"image": name, "digits": digits.ravel().tolist()})
+        return name
+
+    def conversation(self, image_ids: list[str], name: str, turns: list[tuple[str, str]]) -> None:
+        """One conversation: every turn an instruction whose in-context examples are the earlier ones."""
+        names = [f"{name}-{turn}" for turn in range(len(turns))]
+        for turn, (asked, answer) in enumerate(turns):
+            self.instructions.append(Instruction(names[turn], asked, answer, image_ids, names[:turn]))
+        self.trained.append(names[-1])
+
+    def write(self, out: Path) -> dict[str, int]:
+        """Write everything that was collected; returns counts."""
+        write_folder(out, self.instructions, self.images, Meta("1", META_TIME, "Longview"), self.trained)
+        counts = {"instructions": len(self.instructions), "images": len(self.images)}
+        for name in ("boards", "demonstrations", "graded"):
+            counts[name] = write_jsonl(out / f"{name}.jsonl", getattr(self, name))
+        return counts
+
+
 def run(p: Params, seed: int, data: Path, out: Path) -> dict[str, int]:
-    """Write the instruction set; returns counts."""
-    if json.loads((data / "source.json").read_text(encoding="utf-8")).get("kind") == "boards":
-        return _boards(p, seed, out)
-    return _records(p, data, out)
+    """Write the instruction set; returns counts. Raises StageError where there is nothing to teach."""
+    collected = InstructionSet()
+    _board_lessons(p, seed, collected)
+    if json.loads((data / "source.json").read_text(encoding="utf-8")).get("kind") != "boards":
+        _imported(p, data, collected)
+    if not collected.instructions:
+        raise StageError("no instructions: set instruct.boards, or import training records")
+    return collected.write(out)
 
 
-def _boards(p: Params, seed: int, out: Path) -> dict[str, int]:
+def _board_lessons(p: Params, seed: int, collected: InstructionSet) -> None:
     import numpy as np
 
     from models.boards.lessons import demonstration, graded_paths, turns
-    from models.mimicit import Instruction, Meta, write_folder
-    from models.records import to_json, write_jsonl
 
     generator = np.random.default_rng([2306, 5425, seed])
-    images: dict[str, bytes] = {}
-    boards: list[dict[str, Any]] = []
-
-    def draw(digits: Any) -> str:
-        name = f"board-{len(images):06d}"
-        images[name] = _png(digits, generator)
-        boards.append({"image": name, "digits": digits.ravel().tolist()})
-        return name
-
-    instructions: list[Instruction] = []
-    last: list[str] = []
+    done = 0
     with meter("boards", p.boards + p.demonstrations + p.graded) as advance:
-        for index in range(p.boards):
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            advance(done, done)
+
+        for _ in range(p.boards):
             digits, lesson = turns(generator, p.prompts, p.direct_questions, p.drills)
-            image = draw(digits)
-            names = [f"{image}-{turn}" for turn in range(len(lesson))]
-            for turn, (asked, answer) in enumerate(lesson):
-                instructions.append(Instruction(names[turn], asked, answer, [image], names[:turn]))
-            last.append(names[-1])
-            advance(index + 1, index + 1)
-        demonstrations = []
-        for index in range(p.demonstrations):
+            image = collected.board(digits, generator)
+            collected.conversation([image], image, lesson)
+            count()
+        for _ in range(p.demonstrations):
             question, strategy, steps = demonstration(generator)
-            row = {"image": draw(question.digits), "question": question.text, "answer": question.answer}
-            demonstrations.append({**row, "strategy": strategy, "steps": [to_json(step) for step in steps]})
-            advance(p.boards + index + 1, p.boards + index + 1)
-        graded = []
-        for index in range(p.graded):
+            row = {"image": collected.board(question.digits, generator), "question": question.text}
+            row |= {"answer": question.answer, "strategy": strategy}
+            collected.demonstrations.append({**row, "steps": [to_json(step) for step in steps]})
+            count()
+        for _ in range(p.graded):
             question, paths, scores = graded_paths(generator, p.judge_paths)
-            row = {"image": draw(question.digits), "question": question.text, "answer": question.answer}
-            graded.append({**row, "paths": paths, "scores": scores})
-            advance(p.boards + p.demonstrations + index + 1, p.boards + p.demonstrations + index + 1)
-    write_folder(out, instructions, images, Meta("1", META_TIME, "Longview handwriting boards"), last)
-    write_jsonl(out / "boards.jsonl", boards)
-    write_jsonl(out / "demonstrations.jsonl", demonstrations)
-    write_jsonl(out / "graded.jsonl", graded)
-    return {
-        "instructions": len(instructions),
-        "images": len(images),
-        "demonstrations": len(demonstrations),
-        "graded": len(graded),
-    }
+            row = {"image": collected.board(question.digits, generator), "question": question.text}
+            collected.graded.append({**row, "answer": question.answer, "paths": paths, "scores": scores})
+            count()
+
+
+def _imported(p: Params, data: Path, collected: InstructionSet) -> None:
+    """Imported data: every training record as one instruction, asked for a direct answer."""
+    from models.images import read_image
+    from models.prompts import fill
+
+    for question in read_questions(data / "records.jsonl", split="train"):
+        names = [path.replace("/", "-") for path in question.images]
+        for name, path in zip(names, question.images, strict=True):
+            collected.images.setdefault(name, read_image(data, path))
+        asked = fill(p.prompts, "direct", question=question.question)
+        collected.conversation(names, question.id, [(asked, question.answer)])
 
 
 def _png(digits: Any, generator: Any) -> bytes:
@@ -106,31 +138,6 @@ def _png(digits: Any, generator: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(board).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _records(p: Params, data: Path, out: Path) -> dict[str, int]:
-    """Imported data: every training record as one instruction, asked for a direct answer."""
-    from models.images import read_image
-    from models.mimicit import Instruction, Meta, write_folder
-    from models.prompts import fill
-    from models.records import read_questions
-
-    questions = read_questions(data / "records.jsonl", split="train")
-
-    def rows() -> Iterator[Instruction]:
-        for q in questions:
-            asked = fill(p.prompts, "direct", question=q.question)
-            yield Instruction(q.id, asked, q.answer, [_image_id(path) for path in q.images], [])
-
-    paths = {_image_id(path): path for q in questions for path in q.images}
-    images = {name: read_image(data, path) for name, path in sorted(paths.items())}
-    instructions = list(rows())
-    write_folder(out, instructions, images, Meta("1", META_TIME, "imported data"))
-    return {"instructions": len(instructions), "images": len(images)}
-
-
-def _image_id(path: str) -> str:
-    return path.replace("/", "-")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Training: every tensor meant to move moves and no other, runs that train nothing fail, resumed == uninterrupted."""
+"""Training: what is to move moves and nothing else, runs that train nothing fail, resumed == uninterrupted."""
 
 from __future__ import annotations
 
@@ -113,10 +113,9 @@ def test_the_same_seed_gives_the_same_weights(sft: Any) -> None:
     assert same(sft(folder="one")[0], sft(folder="two")[0])
 
 
-def test_only_what_the_assistant_says_is_learnt(sft: Any) -> None:
-    """Another question of as many tokens changes the input, not which tokens carry a loss."""
+def test_conversations_without_an_answer_fail(sft: Any) -> None:
     silent = [Conversation(c.images, [(c.turns[0][0], "")]) for c in lessons()]
-    with pytest.raises(TrainingError, match="loss|gradients"):
+    with pytest.raises(TrainingError, match="gradients were zero"):
         sft(conversations=silent)
 
 
@@ -141,7 +140,7 @@ def test_conversations_that_are_too_long_are_left_out_and_counted(sft: Any) -> N
 
 def test_one_step_is_a_step(sft: Any) -> None:
     """Warm-up never eats the whole of a short run."""
-    model, numbers = sft(replace(BUDGET, epochs=1, batch_size=16))
+    _, numbers = sft(replace(BUDGET, epochs=1, batch_size=16))
     assert numbers["steps"] == 1
 
 
@@ -154,12 +153,12 @@ def test_warm_up_leaves_a_step_of_full_rate(steps: int, tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_fail(sft: Any, tiny_model: Any) -> None:
     broken = tiny_model()
     broken.get_input_embeddings().weight.data[20:] = float("nan")
-    with pytest.raises(TrainingError, match="not finite|is nan"):
+    with pytest.raises(TrainingError, match=r"not finite|is nan"):
         sft(model=broken)
 
 
 def test_a_rate_that_blows_up_fails(sft: Any) -> None:
-    with pytest.raises(TrainingError, match="not finite|is nan|is inf"):
+    with pytest.raises(TrainingError, match=r"not finite|is nan|is inf"):
         sft(replace(BUDGET, learning_rate=1e30, max_grad_norm=1e30, warmup=0.0))
 
 
@@ -201,22 +200,21 @@ def kill_at(step: int) -> Any:
     return report
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(sft: Any, tmp_path: Path, at: int) -> None:
-    """Six steps, three an epoch, a checkpoint every two: killed before the first, in an epoch, and in the next."""
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(sft: Any) -> None:
+    """Six steps, three an epoch, a checkpoint every two: killed before the first one, and twice in an epoch."""
     whole, numbers = sft(folder="whole")
-    with pytest.raises(Killed):
-        sft(folder="killed", report=kill_at(at))
-    assert (tmp_path / "killed").is_dir() == (at > 1)
-    seen: list[int] = []
-    resumed, again = sft(folder="killed", report=lambda numbers, step, steps: seen.append(step))
-    assert seen[0] == {1: 1, 3: 3, 5: 5}[at], "it started anew"
-    assert same(whole, resumed) and again == numbers
+    for at in (1, 3, 5):
+        with pytest.raises(Killed):
+            sft(folder=f"killed {at}", report=kill_at(at))
+        seen: list[int] = []
+        resumed, again = sft(folder=f"killed {at}", report=lambda n, step, steps: seen.append(step))  # noqa: B023
+        assert seen[0] == at  # it went on from checkpoint 2 or 4
+        assert same(whole, resumed) and again == numbers
 
 
-def test_numbers_do_not_depend_on_a_kill_between_two_logs(sft: Any, tmp_path: Path) -> None:
-    """160 steps log every third; checkpoints must not stand between two logs."""
-    budget = Budget(max_steps=160, batch_size=1, learning_rate=1e-3, save_steps=20)
+def test_numbers_do_not_depend_on_a_kill_between_two_logs(sft: Any) -> None:
+    """100 steps log every second one: a checkpoint at step 99 would split the last mean."""
+    budget = Budget(max_steps=100, batch_size=1, learning_rate=1e-3, save_steps=33)
     few = lessons(4, 1)
     whole, numbers = sft(budget, few, folder="whole")
     with pytest.raises(Killed):
@@ -232,18 +230,17 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over(sft: Any, tmp_path: Path)
     half = tmp_path / "killed/checkpoint-4"
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
+    (half / "trainer_state.json").write_text('{"global_st')
     resumed, again = sft(folder="killed")
     assert same(whole, resumed) and again == numbers
 
 
 def test_the_loss_falls_on_what_it_learns_by_heart(sft: Any) -> None:
-    _, numbers = sft(replace(BUDGET, max_steps=40, learning_rate=3e-3), lessons(4, 1))
+    _, numbers = sft(replace(BUDGET, max_steps=30, learning_rate=5e-3), lessons(4, 1))
     assert numbers["last_loss"] < 0.5 * numbers["first_loss"]
 
 
-@pytest.mark.parametrize(
-    "loss", [PreferenceLoss(), PreferenceLoss(["sigmoid"], [1.0])], ids=["mpo", "dpo"]
-)
+@pytest.mark.parametrize("loss", [PreferenceLoss(), PreferenceLoss(["sigmoid"], [1.0])], ids=["mpo", "dpo"])
 def test_preference_training_moves_all_that_trains(dpo: Any, tiny_model: Any, loss: PreferenceLoss) -> None:
     before = weights(tiny_model())
     model, numbers = dpo(replace(BUDGET, epochs=4), loss=loss)
@@ -270,14 +267,15 @@ def test_a_preference_run_at_rate_zero_fails(dpo: Any) -> None:
 
 
 def test_killed_preference_training_ends_with_the_same_bits(dpo: Any) -> None:
-    budget = replace(BUDGET, epochs=3)
+    budget = replace(BUDGET, epochs=2)
     whole, numbers = dpo(budget, folder="whole")
     with pytest.raises(Killed):
-        dpo(budget, folder="killed", report=kill_at(5))
+        dpo(budget, folder="killed", report=kill_at(3))
     resumed, again = dpo(budget, folder="killed")
     assert same(whole, resumed) and again == numbers
 
 
 def test_pictures_reach_the_preference_loss(dpo: Any) -> None:
     shuffled = [replace(pair, prompt=Conversation(["other"], pair.prompt.turns)) for pair in PAIRS]
-    assert not same(dpo(folder="one")[0], dpo(pairs=shuffled, folder="two")[0])
+    budget = replace(BUDGET, max_steps=2)
+    assert not same(dpo(budget, folder="one")[0], dpo(budget, pairs=shuffled, folder="two")[0])
