@@ -28,22 +28,30 @@ BASE, SUMMARY = Path("artifacts/foundation/base"), Path("artifacts/summary_sft/c
 
 @dataclass(frozen=True)
 class Params:
-    """Token limits of a reasoning and of an answer; batch_size: questions decoded together."""
+    """Token limits of a reasoning and of an answer; batch_size: questions decoded together;
+    limit: at most so many questions of each split and set (None: all)."""
 
     prompts: str = "full"
     reasoning_tokens: int = 4096
     answer_tokens: int = 32
     batch_size: int = 256
+    limit: int | None = None
 
 
-def held_out() -> list[Question]:
-    """Validation and test questions; StageError if there are none."""
+def held_out(limit: int | None = None) -> list[Question]:
+    """Validation and test questions, at most `limit` of each split and set; StageError if there are none."""
     from models.records import read_questions
 
     questions = [q for split in ("validation", "test") for q in read_questions(roles.RECORDS, split=split)]
     if not questions:
         raise StageError("data/ has no validation or test questions: add records with these splits")
-    return questions
+    seen: Counter[tuple[str, str]] = Counter()
+    kept = []
+    for question in questions:
+        seen[question.split, question.set] += 1
+        if limit is None or seen[question.split, question.set] <= limit:
+            kept.append(question)
+    return kept
 
 
 def checkpoints(system: str) -> tuple[Path | None, Path]:
@@ -100,7 +108,7 @@ def run(p: Params, system: str, stage: StageRun) -> dict[str, Any]:
     from models.records import write_jsonl
     from models.statistics import wilson
 
-    questions = held_out()
+    questions = held_out(p.limit)
     with meter("questions", len(questions)) as advance:
         said = answers(p, *checkpoints(system), questions)
         advance(len(questions), len(questions))
