@@ -1,4 +1,4 @@
-"""Training: what is to move moves and nothing else, runs that train nothing fail, resumed == uninterrupted."""
+"""Training: what is to move moves and nothing else, empty runs fail, resumed == uninterrupted."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def kill_at(step: int) -> Any:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(sft: Any) -> None:
-    """Six steps, three an epoch, a checkpoint every two: killed before the first one, and twice in an epoch."""
+    """Six steps, three an epoch, a checkpoint every two: killed before the first, and later twice."""
     whole, numbers = sft(folder="whole")
     for at in (1, 3, 5):
         with pytest.raises(Killed):
