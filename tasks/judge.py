@@ -9,6 +9,7 @@ Where data/ is annotated, the judge's agreement with the oracle is measured on v
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,10 +44,11 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
         kept = stage.scratch / "checkpoint"
         if not (kept / "done").exists():
             model, processor = load(foundation / "generator")
-            if p.train:
-                numbers["training"] = _train(model, processor, p, seed, instruct, stage)
+            training = _train(model, processor, p, seed, instruct, stage) if p.train else None
             save(model, processor, kept)
-            (kept / "done").touch()
+            (kept / "done").write_text(json.dumps(training), encoding="utf-8")
+        if training := json.loads((kept / "done").read_text(encoding="utf-8")):
+            numbers["training"] = training
         model, processor = load(kept)
         save(model, processor, stage.out / "checkpoint")
         stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
@@ -116,9 +118,8 @@ def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> di
             right = steps[-1].content == board.answer
             paths.append(ReasoningPath(name, sample, steps, text, steps[-1].content, right))
     if engine is not None:
-        judge = ModelJudge(
-            LocalEngine(engine.model, engine.encoder.processor, _pictures(pictures)), judge.prompts
-        )
+        held_out = LocalEngine(engine.model, engine.encoder.processor, _pictures(pictures))
+        judge = ModelJudge(held_out, judge.prompts, judge.max_new_tokens)
     scored, unreadable = score_paths(paths, asked, judge)
     return agreement(scored, truths) | {"unreadable": unreadable}
 
