@@ -49,17 +49,13 @@ def turns(
     """
     opening = ask(generator, "order") if generator.random() < 1 / 3 else None
     digits = opening.digits if opening else random_digits(generator)
-    rows = ", ".join(f"row {i + 1} is {_join(row)}" for i, row in enumerate(digits.tolist()))
-    line = str(generator.choice(LINES))
-    back = " backwards" if generator.random() < 0.25 else ""
-    seen = line_digits(digits, line)[:: -1 if back else 1]
-    cell = read_cell(digits, generator)
-    lesson = [
-        ("Read the board.", rows),
-        (f"Read {line}{back}.", f"{line}{back} is {_join(seen)}"),
-        (fill(prompts, "direct", question=cell.text), cell.answer),
-        *(drill(generator) for _ in range(drills)),
-    ]
+    lesson = [_read_line(digits, generator) for _ in range(2)]
+    if generator.random() < 0.3:
+        rows = ", ".join(f"row {i + 1} is {_join(row)}" for i, row in enumerate(digits.tolist()))
+        lesson.append(("Read the board.", rows))
+    for cell in (read_cell(digits, generator) for _ in range(2)):
+        lesson.append((fill(prompts, "direct", question=cell.text), cell.answer))
+    lesson += [drill(generator) for _ in range(drills)]
     asked = [opening] if opening else []
     while len(asked) < direct:
         question = ask_on(digits, generator, str(generator.choice([f for f in FAMILIES if f != "order"])))
@@ -67,6 +63,12 @@ def turns(
     lesson += [(fill(prompts, "direct", question=q.text), q.answer) for q in asked]
     order = generator.permutation(len(lesson))
     return digits, [lesson[i] for i in order]
+
+
+def _read_line(digits: Digits, generator: np.random.Generator) -> tuple[str, str]:
+    line = str(generator.choice(LINES))
+    back = " backwards" if generator.random() < 0.25 else ""
+    return f"Read {line}{back}.", f"{line}{back} is {_join(line_digits(digits, line)[:: -1 if back else 1])}"
 
 
 def drill(generator: np.random.Generator) -> tuple[str, str]:
