@@ -114,7 +114,7 @@ class Guard:
     """Watches one run: finite loss and gradients at every log, and every trained tensor moved in the end."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
         self.norms: list[float] = []
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -138,7 +138,9 @@ class Guard:
                 "all gradients were zero: no token carried a loss (were completions cut off?)"
             )
         still = [
-            n for n, p in model.named_parameters() if n in self.before and torch.equal(p, self.before[n])
+            n
+            for n, p in model.named_parameters()
+            if n in self.before and torch.equal(p.detach().cpu(), self.before[n])
         ]
         if still and len(still) == len(self.before):
             raise TrainingError("no weight moved: is the learning rate zero?")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tasks import params, roles
 from tasks.meter import meter
@@ -24,7 +24,8 @@ class Params:
     """prompts: the judge's set; agreement_questions: how many questions' paths,
     wrong ones too, the judge is tested on."""
 
-    prompts: str = "short"
+    prompts: str = "full"
+    answer_filter: Literal["rules", "model"] = "rules"
     batch_size: int = 128
     agreement_questions: int = 200
 
@@ -36,7 +37,12 @@ def run(p: Params, stage: StageRun) -> dict[str, Any]:
     from models.records import read_paths, read_questions, write_jsonl
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
-    paths, how = filter_answers(read_paths(GENERATED / "paths.jsonl"), questions)
+    paths, how = filter_answers(
+        read_paths(GENERATED / "paths.jsonl"),
+        questions,
+        roles.answer_filter(p.answer_filter, p.batch_size),
+        p.prompts,
+    )
     surviving = [path for path in paths if path.right is True]
     if not surviving:
         raise StageError(
@@ -70,7 +76,10 @@ def main() -> None:
     """Run the stage in the checkout's root."""
     p = params.load("assess", Params)
     with open_stage(
-        "assess", params=settings(p), inputs=["data", GENERATED, JUDGE], out="artifacts/assess"
+        "assess",
+        params=settings(p),
+        inputs=["data", GENERATED, JUDGE, roles.GENERATOR],
+        out="artifacts/assess",
     ) as stage:
         stage.metrics(run(p, stage))
 

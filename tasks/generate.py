@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.reasoning import Settings
@@ -22,8 +21,6 @@ from tasks.stage import StageError, StageRun, open_stage, settings
 if TYPE_CHECKING:
     from models.engines.base import Engine
     from models.records import Question
-
-GENERATOR = Path("artifacts/foundation/generator")
 
 
 @dataclass(frozen=True)
@@ -87,10 +84,10 @@ def main() -> None:
     """Run the stage in the checkout's root."""
     p = params.load("generate", Params)
     with open_stage(
-        "generate", params=settings(p), inputs=["data", GENERATOR], out="artifacts/generate"
+        "generate", params=settings(p), inputs=["data", roles.GENERATOR], out="artifacts/generate"
     ) as stage:
         questions = roles.training_questions("generate", p.questions)
-        stage.metrics(run(p, params.seed(), questions, roles.engine(GENERATOR, p.batch_size), stage))
+        stage.metrics(run(p, params.seed(), questions, roles.engine(roles.GENERATOR, p.batch_size), stage))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DATA = Path("data")
 RECORDS = DATA / "records.jsonl"
+GENERATOR = Path("artifacts/foundation/generator")
 
 
 def engine(checkpoint: str | Path, batch_size: int) -> LocalEngine:
@@ -32,6 +33,11 @@ def path_judge(folder: str | Path, prompts: str, batch_size: int) -> PathJudge:
 
     checkpoint = Path(folder) / "checkpoint"
     return ModelJudge(engine(checkpoint, batch_size), prompts) if checkpoint.is_dir() else RuleJudge()
+
+
+def answer_filter(kind: str, batch_size: int) -> LocalEngine | None:
+    """Who decides where rules cannot tell two answers apart: the generator (`model`), or nobody (`rules`)."""
+    return engine(GENERATOR, batch_size) if kind == "model" else None
 
 
 def training_questions(pool: str, count: int, offset: int = 0, seed: int = 0) -> list[Question]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tasks import params, roles, rounds
 from tasks.meter import meter
@@ -26,6 +26,7 @@ class Params:
     max_pairs: most pairs kept."""
 
     prompts: str = "full"
+    answer_filter: Literal["rules", "model"] = "rules"
     rule: str = "best_right_vs_worst_wrong"
     pairs_per_question: int = 1
     min_margin: int = 1
@@ -43,7 +44,12 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     sampled = this.folder("sample")
-    paths, _ = filter_answers(read_paths(sampled / "paths.jsonl"), questions)
+    paths, _ = filter_answers(
+        read_paths(sampled / "paths.jsonl"),
+        questions,
+        roles.answer_filter(p.answer_filter, p.batch_size),
+        p.prompts,
+    )
     failures = [
         FailedPath(r["question_id"], r["sample"], r["reason"]) for r in read_jsonl(sampled / "failures.jsonl")
     ]

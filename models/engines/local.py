@@ -60,7 +60,7 @@ class LocalEngine:
             self.encoder.prepare(first)
         ids = [self.encoder.prompt(prompt) for prompt in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
-        draw = torch.Generator().manual_seed(sampling.seed)
+        draw = torch.Generator(self.model.device).manual_seed(sampling.seed)
         results: dict[int, Completion] = {}
         with torch.inference_mode():
             for start in range(0, len(order), self.batch_size):
@@ -84,14 +84,16 @@ class LocalEngine:
         import torch
         from transformers import DynamicCache
 
-        tokens = pad(ids, self.pad, left=True)
-        mask = pad([[1] * len(row) for row in ids], 0, left=True)
+        device = self.model.device
+        tokens = pad(ids, self.pad, left=True).to(device)
+        mask = pad([[1] * len(row) for row in ids], 0, left=True).to(device)
         position = mask.cumsum(-1).sub(1).clamp(min=0)
         seen = tokens if sampling.repetition_penalty != 1.0 else None
         cache = DynamicCache(config=self.model.config.get_text_config())
-        inputs: dict[str, Any] = {"input_ids": tokens, **stack_pixels(self.encoder, images)}
-        rows = torch.arange(len(ids))
-        ended = torch.zeros(len(ids), dtype=torch.bool)
+        pixels = {key: value.to(device) for key, value in stack_pixels(self.encoder, images).items()}
+        inputs: dict[str, Any] = {"input_ids": tokens, **pixels}
+        rows = torch.arange(len(ids), device=device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
         out: list[list[int]] = [[] for _ in ids]
         for _ in range(sampling.max_new_tokens):
             step = {
