@@ -158,3 +158,25 @@ def test_sample_is_on_the_policy_and_reads_the_answer_from_the_last_step(run: An
     assert numbers["paths"] == len(rows) and numbers["paths"] + numbers["failed"] == 36
     assert all(row["answer"] == row["steps"][-1]["content"] for row in rows)
     assert all(row["question_id"].startswith("rounds") for row in rows)
+
+
+def test_what_is_journalled_belongs_to_its_settings(workspace: Path) -> None:
+    from dataclasses import replace
+
+    from tasks.sampling import sample_in_chunks
+    from tests.support.fake_boards import BoardEngine
+
+    settings = sample.Params(prompts="short", questions=4, samples=2, chunk=4)
+    asked = roles.training_questions("rounds", 4)
+
+    def requests(p: Any, seed: int = 0, questions: Any = asked) -> int:
+        engine = BoardEngine("data/records.jsonl")
+        rows = sample_in_chunks(engine, questions, p, seed, workspace / "scratch", lambda done, work: None)
+        assert len(rows) == len(questions) * p.samples
+        return engine.requests
+
+    assert [requests(settings), requests(settings)] == [8, 0]
+    for changed in ({"temperature": 0.5}, {"top_p": 0.5}, {"max_new_tokens": 9}, {"samples": 1}):
+        assert requests(replace(settings, **changed)) > 0, changed
+    assert requests(settings, seed=1) == 8 and requests(settings, questions=asked[::-1]) == 8
+    assert requests(settings) == 0
