@@ -50,7 +50,7 @@ def load(
     model = AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
     )
-    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, use_fast=False, **options)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, backend="pil", **options)
     return model.eval(), processor
 
 
