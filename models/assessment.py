@@ -37,8 +37,8 @@ class PathJudge(Protocol):
 class ModelJudge:
     """A vision-language model as path judge: image, question, ground truth and all paths in one prompt."""
 
-    def __init__(self, engine: Engine, prompts: str, max_new_tokens: int = 256, batch: int = 128) -> None:
-        self.engine, self.prompts, self.max_new_tokens, self.batch = engine, prompts, max_new_tokens, batch
+    def __init__(self, engine: Engine, prompts: str, max_new_tokens: int = 256) -> None:
+        self.engine, self.prompts, self.max_new_tokens = engine, prompts, max_new_tokens
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
         """Greedy; a reply must be a JSON list of as many integers as there are paths."""

@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,8 +289,3 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             shutil.rmtree(path)
     return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-
-
-def budget_dict(budget: Budget) -> dict[str, Any]:
-    """A budget as plain values, for manifests."""
-    return asdict(budget)
