@@ -56,7 +56,8 @@ def with_oracle(
             marked.append(path)
             scores.append(None)
             continue
-        verdict = assess_path(path.steps, path.right is True, np.array(annotation["digits"]))
+        text = questions[path.question_id].question
+        verdict = assess_path(path.steps, path.right is True, np.array(annotation["digits"]), text)
         marked.append(replace(path, oracle={"step_accuracy": round(verdict.step_accuracy, 4)}))
         scores.append(float(verdict.score))
     return marked, scores

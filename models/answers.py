@@ -48,8 +48,8 @@ _TURNS = {"but", "however", "maybe", "perhaps", "both", "neither", "unless", "or
 """Words that may turn the sense of a sentence that starts with yes or no."""
 _EXCLUSIVE = (
     {"even", "odd"},
-    {"left", "right"},
-    {"top", "bottom"},
+    {"left", "right", "centre"},
+    {"top", "bottom", "middle"},
     {"above", "below"},
     {"row", "column"},
     {"larger", "smaller", "equal"},
@@ -218,14 +218,18 @@ def _yes_no(text: str) -> bool | None:
 
 
 def _same_words(given: str, wanted: str) -> bool | None:
-    """Same words but another number ("row 2", "row 3"), or words that exclude each other ("even", "odd")."""
+    """Same words but another number ("row 2", "row 3"), or somewhere a word that excludes the other
+    ("even", "odd")."""
     first, second = _words(given), _words(wanted)
     if first == second:
         return True
     if len(first) != len(second) or sorted(first) == sorted(second):
         return None
-    different = [_exclude(a, b) for a, b in zip(first, second, strict=True) if a != b]
-    return False if all(different) else None
+    different = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
+    if any(_exclude(a, b) for a, b in different):
+        return False
+    numbers = all(a.isdecimal() and b.isdecimal() for a, b in different)  # "100 cm" may be "1 m"
+    return False if numbers else None
 
 
 def _words(text: str) -> list[str]:
@@ -233,5 +237,4 @@ def _words(text: str) -> list[str]:
 
 
 def _exclude(first: str, second: str) -> bool:
-    numbers = first.isdecimal() and second.isdecimal()
-    return numbers or any({first, second} <= words for words in _EXCLUSIVE)
+    return any({first, second} <= words for words in _EXCLUSIVE)

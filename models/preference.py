@@ -19,8 +19,10 @@ from models.training import (
     Report,
     TrainingError,
     arguments,
+    bucketed,
     callback,
     freeze_vision,
+    optimizer,
     run_trainer,
 )
 from models.vlm import Conversation, Encoder, pad, stack_pixels
@@ -75,7 +77,7 @@ class PreferenceCollator:
 def encode_pairs(
     encoder: Encoder, pairs: Sequence[PreferenceExample], max_tokens: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"images", "prompt", "chosen", "rejected"} of token ids,
+    """Rows {"images", "prompt", "chosen", "rejected", "length"} of token ids,
     and how many pairs were too long and left out."""
     rows, long = [], 0
     first = next((pair.prompt.images for pair in pairs if pair.prompt.images), None)
@@ -87,9 +89,9 @@ def encode_pairs(
         if len(prompt) + max(len(chosen), len(rejected)) > max_tokens:
             long += 1
             continue
-        rows.append(
-            {"images": list(pair.prompt.images), "prompt": prompt, "chosen": chosen, "rejected": rejected}
-        )
+        length = len(prompt) + max(len(chosen), len(rejected))
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "length": length}
+        rows.append({"images": list(pair.prompt.images), **row})
     return rows, long
 
 
@@ -123,7 +125,7 @@ def train_preference(
         freeze_vision(model)
     model.config.use_cache = False
     guard = Guard(model)
-    trainer = DPOTrainer(
+    trainer = bucketed(DPOTrainer)(
         model=model,
         ref_model=reference,
         args=DPOConfig(
@@ -136,6 +138,7 @@ def train_preference(
         processing_class=processor,
         data_collator=PreferenceCollator(encoder),
         callbacks=[callback(guard, report)],
+        optimizers=(optimizer(model, budget), None),
     )
     numbers = run_trainer(trainer, guard, folder) | {"pairs": len(rows), "too_long": too_long}
     last: dict[str, Any] = next(

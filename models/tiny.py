@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_WORDS = r" ?[A-Za-z]+| ?[0-9]|\n| ?[^A-Za-z0-9\s]|\s+"
+_WORDS = r" ?[A-Za-z]+| ?[0-9]{1,2}|\n| ?[^A-Za-z0-9\s]|\s+"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TinyConfig:
 
 
 def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which a digit is always one token, trained on the corpus;
+    """A byte-level BPE in which a number to 99 may be one token, trained on the corpus;
     the same corpus gives the same bytes."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

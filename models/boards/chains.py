@@ -20,15 +20,15 @@ every read worked out; checked: and once more."""
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.80,
-    "compare": 0.80,
-    "count_board": 0.75,
+    "where": 0.75,
+    "compare": 0.75,
+    "count_board": 0.60,
     "order": 0.70,
     "parity": 0.65,
     "largest": 0.60,
-    "sum_line": 0.55,
-    "two_conditions": 0.50,
-    "sum_diagonal": 0.45,
+    "sum_line": 0.45,
+    "two_conditions": 0.45,
+    "sum_diagonal": 0.40,
     "count_lines": 0.40,
     "largest_line": 0.35,
     "difference": 0.30,
@@ -43,8 +43,8 @@ def strategy_shares(family: str) -> dict[str, float]:
     return {
         "glance": 0.6 * terse,
         "brief": 0.4 * terse,
-        "detailed": 0.75 * (1 - terse),
-        "checked": 0.25 * (1 - terse),
+        "detailed": 0.85 * (1 - terse),
+        "checked": 0.15 * (1 - terse),
     }
 
 

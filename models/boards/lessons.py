@@ -14,7 +14,9 @@ import numpy as np
 from models.boards.chains import STRATEGIES, chain, pick_strategy
 from models.boards.oracle import assess_path
 from models.boards.questions import (
+    DIAGONALS,
     FAMILIES,
+    LINES,
     BoardQuestion,
     Digits,
     ask,
@@ -25,19 +27,16 @@ from models.boards.questions import (
     read_cell,
     running_extreme,
     running_sum,
+    tally,
+    two_conditions,
 )
 from models.boards.scans import SIDE
 from models.prompts import fill
 from models.reasoning import thoughts
 from models.records import Step
 
-DRILLS = {"add": 0.35, "take": 0.15, "extreme": 0.15, "count": 0.2, "parity": 0.05, "compare": 0.1}
+DRILLS = {"add": 0.3, "take": 0.12, "extreme": 0.2, "count": 0.25, "parity": 0.05, "compare": 0.08}
 """Share of each kind of drill."""
-
-LINES = [f"{kind} {i}" for kind in ("row", "column") for i in range(1, SIDE + 1)] + [
-    "diagonal",
-    "other diagonal",
-]
 
 
 def turns(
@@ -51,7 +50,7 @@ def turns(
     digits = opening.digits if opening else random_digits(generator)
     lesson = [_read_line(digits, generator) for _ in range(2)]
     if generator.random() < 0.3:
-        rows = ", ".join(f"row {i + 1} is {_join(row)}" for i, row in enumerate(digits.tolist()))
+        rows = ", ".join(f"{line} is {_join(line_digits(digits, line))}" for line in LINES[:SIDE])
         lesson.append(("Read the board.", rows))
     for cell in (read_cell(digits, generator) for _ in range(2)):
         lesson.append((fill(prompts, "direct", question=cell.text), cell.answer))
@@ -66,9 +65,9 @@ def turns(
 
 
 def _read_line(digits: Digits, generator: np.random.Generator) -> tuple[str, str]:
-    line = str(generator.choice(LINES))
+    line = str(generator.choice(LINES + DIAGONALS))
     back = " backwards" if generator.random() < 0.25 else ""
-    return f"Read {line}{back}.", f"{line}{back} is {_join(line_digits(digits, line)[:: -1 if back else 1])}"
+    return f"Read the {line}{back}.", f"{line}{back} is {_join(line_digits(digits, line)[:: -1 if back else 1])}"
 
 
 def drill(generator: np.random.Generator) -> tuple[str, str]:
@@ -87,9 +86,8 @@ def drill(generator: np.random.Generator) -> tuple[str, str]:
         work, best = running_extreme(numbers, largest)
         return f"{'Largest' if largest else 'Smallest'} of {_join(numbers)}.", f"{', '.join(work)}, {best}"
     if kind == "count":
-        phrase, holds = condition(generator)
-        kept = [d for d in values if holds(d)]
-        return f"Which of {_join(values)} are {phrase}?", f"{_join(kept) or 'none'} make {len(kept)}"
+        phrase, holds = (two_conditions if generator.random() < 0.4 else condition)(generator)
+        return f"Which of {_join(values)} are {phrase}?", tally(values, holds)
     if kind == "parity":
         return f"Is {first} even or odd?", f"{first} is {'odd' if first % 2 else 'even'}"
     sign = "<" if first < second else ">" if first > second else "="
@@ -116,7 +114,7 @@ def spoil(steps: Sequence[Step], generator: np.random.Generator) -> list[Step]:
         (index, position)
         for index, step in enumerate(steps)
         for position, letter in enumerate(step.content)
-        if letter.isdigit() and not step.content[:position].endswith(("row ", "column ", "place "))
+        if letter.isdigit()
     ]
     if not places:
         return list(steps)
@@ -139,7 +137,7 @@ def graded_paths(generator: np.random.Generator, most: int = 4) -> tuple[BoardQu
         for _ in range(int(generator.choice(3, p=[0.5, 0.35, 0.15]))):
             steps = spoil(steps, generator)
         right = steps[-1].content == question.answer
-        scores.append(assess_path(steps, right, question.digits).score)
+        scores.append(assess_path(steps, right, question.digits, question.text).score)
         paths.append(thoughts(steps))
     return question, paths, scores
 

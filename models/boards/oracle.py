@@ -1,25 +1,24 @@
 """The oracle: what the annotation says of every step of a path on a board. It measures judges;
 it trains none but the embedded one, and no stage that a user's own data passes through needs it.
 
-    python -c "from models.boards.oracle import claims; print(claims('row 2 is 3 5 8, 3 + 5 = 9'))"
+    python -c "from models.boards.oracle import claims; print(claims('top row is 3 5 8, 3 + 5 = 9'))"
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from models.boards.questions import line_digits
-from models.boards.scans import SIDE
+from models.boards.questions import DIAGONALS, LINES, condition_in, line_digits
 from models.records import Step
 
-_READ = re.compile(r"(row \d|column \d|other diagonal|diagonal)( backwards)? is ((?:\d ?)+)$")
+_READ = re.compile(rf"({'|'.join(LINES + DIAGONALS)})( backwards)? is ((?:\d ?)+)$")
 _ARITHMETIC = re.compile(r"(\d{1,9}) ([+-]) (\d{1,9}) = (\d{1,9})$")
 _COMPARISON = re.compile(r"(\d{1,9}) ([<>=]) (\d{1,9})$")
-_COUNT = re.compile(r"((?:\d ?)+|none )make (\d{1,9})$")
+_TALLY = re.compile(r"((?:\d (?:yes|no) )+)makes (\d{1,9})$")
 _PARITY = re.compile(r"(\d{1,9}) is (even|odd)$")
 
 
@@ -42,12 +41,15 @@ def claims(content: str) -> list[str]:
     return [part.strip() for part in content.split(",") if part.strip()]
 
 
-def check_claim(claim: str, digits: np.ndarray) -> bool | None:
-    """Whether a statement is true of the board; None where it says nothing that can be checked."""
+def check_claim(
+    claim: str, digits: np.ndarray, holds: Callable[[int], bool] | None = None
+) -> bool | None:
+    """Whether a statement is true of the board; None where it says nothing that can be checked.
+
+    holds: the question's condition, by which the verdicts of a tally are checked.
+    """
     if match := _READ.match(claim):
         line, backwards, said = match.groups()
-        if line[-1].isdigit() and not 1 <= int(line[-1]) <= SIDE:
-            return False
         truth = [str(d) for d in line_digits(digits, line)]
         return said.split() == (truth[::-1] if backwards else truth)
     if match := _ARITHMETIC.match(claim):
@@ -56,24 +58,24 @@ def check_claim(claim: str, digits: np.ndarray) -> bool | None:
     if match := _COMPARISON.match(claim):
         a, sign, b = match.groups()
         return {"<": int(a) < int(b), ">": int(a) > int(b), "=": int(a) == int(b)}[sign]
-    if match := _COUNT.match(claim):
-        return (
-            len(match.group(1).split()) == int(match.group(2))
-            if match.group(1) != "none "
-            else match.group(2) == "0"
-        )
+    if match := _TALLY.match(claim):
+        words = match.group(1).split()
+        verdicts = [word == "yes" for word in words[1::2]]
+        right = holds is None or verdicts == [holds(int(digit)) for digit in words[::2]]
+        return right and sum(verdicts) == int(match.group(2))
     if match := _PARITY.match(claim):
         return ("odd" if int(match.group(1)) % 2 else "even") == match.group(2)
     return None
 
 
-def assess_path(steps: Sequence[Step], answer_right: bool, digits: np.ndarray) -> Verdict:
+def assess_path(steps: Sequence[Step], answer_right: bool, digits: np.ndarray, question: str) -> Verdict:
     """Score a path as Insight-V's judge is asked to (section 3.2): step accuracy and detail, 1-100.
 
     Detail sets the ceiling (an answer without working 20, reads 55, worked out 85, checked 95);
     every false claim costs 30, a wrong answer 40.
     """
-    results = [check_claim(claim, digits) for step in steps for claim in claims(step.content)]
+    holds = condition_in(question)
+    results = [check_claim(claim, digits, holds) for step in steps for claim in claims(step.content)]
     checked = [result for result in results if result is not None]
     wrong = checked.count(False)
     titles = {step.title for step in steps}

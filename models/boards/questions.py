@@ -11,6 +11,7 @@ what to look at and how to work it out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,16 @@ from numpy.typing import NDArray
 from models.boards.scans import SIDE
 
 Digits = NDArray[np.int64]
+
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+LINES = [f"{name} row" for name in ROWS] + [f"{name} column" for name in COLUMNS]
+DIAGONALS = ["falling diagonal", "rising diagonal"]
+LIMITS = (3, 6)
+"""Limits of the conditions "greater than" and "less than"."""
+
+_CONDITION = re.compile(
+    r" are (?=\w)(?:(?P<parity>even|odd)(?: and )?)?(?:(?P<sign>greater|less) than (?P<limit>\d+))?\?$"
+)
 
 
 @dataclass(frozen=True)
@@ -52,15 +63,15 @@ class Resample(Exception):
 
 
 def line_digits(digits: Digits, line: str) -> list[int]:
-    """The digits along "row 2", "column 1", "diagonal" (down) or "other diagonal"
-    (up), left to right / top down."""
-    if line == "diagonal":
+    """The digits along a line, left to right or top down. Lines: "top row", "left column", …,
+    "falling diagonal" (from the top left), "rising diagonal" (from the bottom left)."""
+    if line == "falling diagonal":
         return [int(digits[i, i]) for i in range(SIDE)]
-    if line == "other diagonal":
+    if line == "rising diagonal":
         return [int(digits[SIDE - 1 - i, i]) for i in range(SIDE)]
-    kind, number = line.split()
-    index = int(number) - 1
-    return [int(d) for d in (digits[index] if kind == "row" else digits[:, index])]
+    name, kind = line.split()
+    values = digits[ROWS.index(name)] if kind == "row" else digits[:, COLUMNS.index(name)]
+    return [int(d) for d in values]
 
 
 def running_sum(values: list[int]) -> list[str]:
@@ -73,24 +84,27 @@ def running_sum(values: list[int]) -> list[str]:
 
 
 def _line(generator: np.random.Generator) -> str:
-    return f"{generator.choice(['row', 'column'])} {generator.integers(1, SIDE + 1)}"
+    return str(generator.choice(LINES))
+
+
+def _of_kind(kind: str) -> list[str]:
+    return [line for line in LINES if line.endswith(kind)]
 
 
 def _two_lines(generator: np.random.Generator) -> tuple[str, str]:
-    kind = generator.choice(["row", "column"])
-    first, second = generator.permutation(SIDE)[:2] + 1
-    return f"{kind} {first}", f"{kind} {second}"
+    first, second = generator.choice(_of_kind(str(generator.choice(["row", "column"]))), 2, replace=False)
+    return str(first), str(second)
 
 
 def _sum_line(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     line = _line(generator)
     values = line_digits(digits, line)
     plan = Plan([(line, values)], [running_sum(values)], [])
-    return BoardQuestion("sum_line", f"What is the sum of {line}?", str(sum(values)), digits, plan)
+    return BoardQuestion("sum_line", f"What is the sum of the {line}?", str(sum(values)), digits, plan)
 
 
 def _sum_diagonal(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
-    line = str(generator.choice(["diagonal", "other diagonal"]))
+    line = str(generator.choice(DIAGONALS))
     values = line_digits(digits, line)
     plan = Plan([(line, values)], [running_sum(values)], [])
     return BoardQuestion("sum_diagonal", f"What is the sum of the {line}?", str(sum(values)), digits, plan)
@@ -105,7 +119,7 @@ def _difference(digits: Digits, generator: np.random.Generator) -> BoardQuestion
         [running_sum(one), running_sum(two)],
         [f"{high} - {low} = {high - low}"],
     )
-    text = f"What is the difference between the sums of {first} and {second}?"
+    text = f"What is the difference between the sums of the {first} and the {second}?"
     return BoardQuestion("difference", text, str(high - low), digits, plan)
 
 
@@ -121,13 +135,13 @@ def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
         [running_sum(one), running_sum(two)],
         [f"{sum(one)} {sign} {sum(two)}"],
     )
-    return BoardQuestion("compare", f"Which has the larger sum, {first} or {second}?", answer, digits, plan)
+    return BoardQuestion("compare", f"Which has the larger sum, the {first} or the {second}?", answer, digits, plan)
 
 
 def condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool]]:
     """A condition on a digit: how it is said, and whether a digit meets it."""
     kind = generator.choice(["greater", "less", "even", "odd"])
-    limit = int(generator.integers(2, 8))
+    limit = int(generator.choice(LIMITS))
     if kind == "greater":
         return f"greater than {limit}", lambda d: d > limit
     if kind == "less":
@@ -135,13 +149,34 @@ def condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool
     return str(kind), lambda d: d % 2 == (kind == "odd")
 
 
+def condition_in(text: str) -> Callable[[int], bool] | None:
+    """The condition that a question puts on a digit; None where it puts none."""
+    match = _CONDITION.search(text)
+    if not match:
+        return None
+    parity, sign, limit = match["parity"], match["sign"], int(match["limit"] or 0)
+
+    def holds(digit: int) -> bool:
+        if parity and digit % 2 != (parity == "odd"):
+            return False
+        return not sign or (digit > limit if sign == "greater" else digit < limit)
+
+    return holds
+
+
+def tally(values: list[int], holds: Callable[[int], bool]) -> str:
+    """One verdict a digit and how many hold: "3 no 5 yes 8 yes makes 2"."""
+    verdicts = [holds(value) for value in values]
+    said = " ".join(f"{value} {'yes' if ok else 'no'}" for value, ok in zip(values, verdicts, strict=True))
+    return f"{said} makes {sum(verdicts)}"
+
+
 def _counting(
     lines: list[tuple[str, list[int]]], holds: Callable[[int], bool]
 ) -> tuple[list[list[str]], list[str], int]:
-    """Working of a count over lines: the digits that hold and how many, a running total at the end."""
-    kept = [[d for d in values if holds(d)] for _, values in lines]
-    work = [[f"{' '.join(map(str, keep)) or 'none'} make {len(keep)}"] for keep in kept]
-    counts = [len(keep) for keep in kept]
+    """Working of a count over lines: a verdict for every digit, a running total at the end."""
+    work = [[tally(values, holds)] for _, values in lines]
+    counts = [sum(map(holds, values)) for _, values in lines]
     return work, running_sum(counts) if len(counts) > 1 else [], sum(counts)
 
 
@@ -151,25 +186,31 @@ def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestio
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
     work, close, total = _counting(lines, holds)
     plan = Plan(lines, work, close)
-    text = f"How many digits in {first} and {second} are {phrase}?"
+    text = f"How many digits in the {first} and the {second} are {phrase}?"
     return BoardQuestion("count_lines", text, str(total), digits, plan)
 
 
 def _count_board(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     phrase, holds = condition(generator)
-    lines = [(f"row {row}", line_digits(digits, f"row {row}")) for row in range(1, SIDE + 1)]
+    lines = [(line, line_digits(digits, line)) for line in _of_kind("row")]
     work, close, total = _counting(lines, holds)
     plan = Plan(lines, work, close)
     return BoardQuestion("count_board", f"How many digits are {phrase}?", str(total), digits, plan)
 
 
+def two_conditions(generator: np.random.Generator) -> tuple[str, Callable[[int], bool]]:
+    """Two conditions on a digit at once."""
+    parity, limit = str(generator.choice(["even", "odd"])), int(generator.choice(LIMITS))
+    return f"{parity} and greater than {limit}", lambda d: d % 2 == (parity == "odd") and d > limit
+
+
 def _two_conditions(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     first, second = _two_lines(generator)
-    parity, limit = str(generator.choice(["even", "odd"])), int(generator.integers(2, 7))
+    phrase, holds = two_conditions(generator)
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
-    work, close, total = _counting(lines, lambda d: d % 2 == (parity == "odd") and d > limit)
+    work, close, total = _counting(lines, holds)
     plan = Plan(lines, work, close)
-    text = f"How many digits in {first} and {second} are {parity} and greater than {limit}?"
+    text = f"How many digits in the {first} and the {second} are {phrase}?"
     return BoardQuestion("two_conditions", text, str(total), digits, plan)
 
 
@@ -189,19 +230,18 @@ def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     work, best = running_extreme(values, largest)
     word = "largest" if largest else "smallest"
     plan = Plan([(line, values)], [work], [])
-    return BoardQuestion("largest", f"What is the {word} digit in {line}?", str(best), digits, plan)
+    return BoardQuestion("largest", f"What is the {word} digit in the {line}?", str(best), digits, plan)
 
 
 def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
-    row, largest = int(generator.integers(1, SIDE + 1)), bool(generator.integers(2))
-    values = line_digits(digits, f"row {row}")
+    line, largest = str(generator.choice(_of_kind("row"))), bool(generator.integers(2))
+    values = line_digits(digits, line)
     work, best = running_extreme(values, largest)
     if values.count(best) > 1:
         raise Resample
-    column, word = values.index(best) + 1, "largest" if largest else "smallest"
-    plan = Plan([(f"row {row}", values)], [work], [f"the {word} is {best}"])
-    text = f"In which column of row {row} is the {word} digit?"
-    return BoardQuestion("where", text, f"column {column}", digits, plan)
+    answer, word = f"{COLUMNS[values.index(best)]} column", "largest" if largest else "smallest"
+    plan = Plan([(line, values)], [work], [f"the {word} is {best}"])
+    return BoardQuestion("where", f"In which column of the {line} is the {word} digit?", answer, digits, plan)
 
 
 def _parity(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
@@ -209,30 +249,30 @@ def _parity(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     values = line_digits(digits, line)
     answer = "odd" if sum(values) % 2 else "even"
     plan = Plan([(line, values)], [running_sum(values)], [f"{sum(values)} is {answer}"])
-    return BoardQuestion("parity", f"Is the sum of {line} even or odd?", answer, digits, plan)
+    return BoardQuestion("parity", f"Is the sum of the {line} even or odd?", answer, digits, plan)
 
 
 def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     line = _line(generator)
-    kind, number = line.split()
+    name, kind = line.split()
     if generator.integers(2):
         ordered = np.sort(generator.choice(10, size=SIDE, replace=False))
         digits = digits.copy()
         if kind == "row":
-            digits[int(number) - 1] = ordered
+            digits[ROWS.index(name)] = ordered
         else:
-            digits[:, int(number) - 1] = ordered
+            digits[:, COLUMNS.index(name)] = ordered
     values = line_digits(digits, line)
     signs = ["<" if a < b else ">" if a > b else "=" for a, b in pairwise(values)]
     work = [f"{a} {sign} {b}" for a, sign, b in zip(values, signs, values[1:], strict=False)]
     answer = "yes" if signs == ["<"] * (SIDE - 1) else "no"
     plan = Plan([(line, values)], [work], [])
-    return BoardQuestion("order", f"Do the digits of {line} increase?", answer, digits, plan)
+    return BoardQuestion("order", f"Do the digits of the {line} increase?", answer, digits, plan)
 
 
 def _largest_line(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     kind = str(generator.choice(["row", "column"]))
-    lines = [(f"{kind} {i}", line_digits(digits, f"{kind} {i}")) for i in range(1, SIDE + 1)]
+    lines = [(line, line_digits(digits, line)) for line in _of_kind(kind)]
     sums = [sum(values) for _, values in lines]
     close, best = running_extreme(sums, largest=True)
     if sums.count(best) > 1:
@@ -284,8 +324,8 @@ def ask_on(digits: Digits, generator: np.random.Generator, family: str) -> Board
 
 def read_cell(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     """A single read (perception): one cell."""
-    row, column = (int(x) for x in generator.integers(1, SIDE + 1, size=2))
-    values = line_digits(digits, f"row {row}")
-    answer = str(values[column - 1])
-    plan = Plan([(f"row {row}", values)], [[f"place {column} has {answer}"]], [])
-    return BoardQuestion("read", f"Which digit is in row {row}, column {column}?", answer, digits, plan)
+    row, column = (int(x) for x in generator.integers(SIDE, size=2))
+    line, answer = f"{ROWS[row]} row", str(int(digits[row, column]))
+    plan = Plan([(line, line_digits(digits, line))], [[f"{COLUMNS[column]} is {answer}"]], [])
+    text = f"Which digit is at the {ROWS[row]} {COLUMNS[column]}?"
+    return BoardQuestion("read", text, answer, digits, plan)

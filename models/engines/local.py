@@ -1,10 +1,10 @@
 """transformers in this process: batched decoding with a KV cache, image features computed once an image.
 
     engine = LocalEngine.load("artifacts/foundation/generator")
-    engine.generate([Conversation(["images/a.png"], [("What is the sum of row 1?", "")])], Sampling())
+    engine.generate([Conversation(["images/a.png"], [("What is the sum of the top row?", "")])], Sampling())
 
-Prompts are sorted by length and decoded in batches; rows that have ended leave the batch, so that a few long
-answers do not keep many finished ones waiting.
+Prompts are sorted by length and decoded in batches; samples of one prompt share its prefill, and rows that
+have ended leave the batch, so that a few long answers do not keep many finished ones waiting.
 """
 
 from __future__ import annotations
@@ -82,20 +82,25 @@ class LocalEngine:
     ) -> list[list[int]]:
         """Decode one batch; ids: prompts. Returns the new tokens of each row, the end token included."""
         import torch
-        from transformers import DynamicCache
+
+        from models.engines.kv_cache import roomy_cache
 
         device = self.model.device
-        tokens = pad(ids, self.pad, left=True).to(device)
-        mask = pad([[1] * len(row) for row in ids], 0, left=True).to(device)
+        prompts, prompt_of = _distinct(ids, images)
+        tokens = pad([ids[i] for i in prompts], self.pad, left=True).to(device)
+        mask = pad([[1] * len(ids[i]) for i in prompts], 0, left=True).to(device)
         position = mask.cumsum(-1).sub(1).clamp(min=0)
         seen = tokens if sampling.repetition_penalty != 1.0 else None
-        cache = DynamicCache(config=self.model.config.get_text_config())
-        pixels = {key: value.to(device) for key, value in stack_pixels(self.encoder, images).items()}
-        inputs: dict[str, Any] = {"input_ids": tokens, **pixels}
+        cache = roomy_cache(self.model.config)
+        pixels = stack_pixels(self.encoder, [images[i] for i in prompts])
+        inputs: dict[str, Any] = {
+            "input_ids": tokens,
+            **{key: value.to(device) for key, value in pixels.items()},
+        }
         rows = torch.arange(len(ids), device=device)
         ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
         out: list[list[int]] = [[] for _ in ids]
-        for _ in range(sampling.max_new_tokens):
+        for new in range(sampling.max_new_tokens):
             step = {
                 "attention_mask": mask,
                 "position_ids": position,
@@ -103,6 +108,11 @@ class LocalEngine:
                 "logits_to_keep": 1,
             }
             logits = self.model(**inputs, **step, use_cache=True).logits[:, -1]
+            if new == 0 and len(prompts) < len(ids):  # the samples of a question go their own ways from here
+                copies = torch.tensor(prompt_of, device=device)
+                cache.batch_select_indices(copies)
+                logits, mask, position = logits[copies], mask[copies], position[copies]
+                seen = None if seen is None else seen[copies]
             chosen = _pick(logits.float(), sampling, draw, seen)
             for row, token, over in zip(rows.tolist(), chosen.tolist(), ended.tolist(), strict=True):
                 if not over:
@@ -121,6 +131,19 @@ class LocalEngine:
                 seen = None if seen is None else seen[running]
             inputs = {"input_ids": chosen[:, None]}
         return out
+
+
+def _distinct(ids: list[list[int]], images: list[Sequence[str]]) -> tuple[list[int], list[int]]:
+    """Rows that stand for the distinct prompts, and for every row the number of its prompt among them."""
+    numbers: dict[tuple[tuple[int, ...], tuple[str, ...]], int] = {}
+    rows: list[int] = []
+    prompt_of: list[int] = []
+    for row, (tokens, pictures) in enumerate(zip(ids, images, strict=True)):
+        number = numbers.setdefault((tuple(tokens), tuple(pictures)), len(rows))
+        if number == len(rows):
+            rows.append(row)
+        prompt_of.append(number)
+    return rows, prompt_of
 
 
 def _pick(
@@ -142,4 +165,6 @@ def _pick(
         ordered, order = probabilities.sort(-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered > sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=draw).squeeze(-1)
+    cumulated = probabilities.double().cumsum(-1)
+    drawn = torch.rand(len(cumulated), 1, generator=draw, device=cumulated.device, dtype=cumulated.dtype)
+    return torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True).squeeze(-1)

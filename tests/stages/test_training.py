@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from models.muon import RMS
 from models.preference import PreferenceExample, PreferenceLoss, train_preference
-from models.training import Budget, Guard, TrainingError, arguments, train_sft
+from models.training import Budget, Guard, LengthBuckets, TrainingError, arguments, train_sft
 from models.vlm import Conversation
 from tests.support.tiny_vlm import lessons, picture
 
@@ -101,6 +103,22 @@ def test_sft_moves_all_that_trains_and_nothing_that_is_frozen(
     assert numbers["last_loss"] < numbers["first_loss"]
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert not (tmp_path / "steps").exists() and model.config.use_cache
+
+
+def test_muon_moves_all_that_trains_with_an_orthogonal_step_for_every_matrix(
+    sft: Any, tiny_model: Any
+) -> None:
+    before = weights(tiny_model())
+    model, numbers = sft(replace(BUDGET, optimizer="muon", max_steps=1))
+    assert moved(before, model) == {name for name in before if not in_vision(name)}
+    steps = {name: weight - before[name] for name, weight in weights(model).items()}
+    steps = {name: step for name, step in steps.items() if ".layers." in name and step.ndim == 2}
+    steps = {name: step for name, step in steps.items() if not in_vision(name)}
+    assert len(steps) == 14
+    for step in steps.values():
+        assert float(step.pow(2).mean().sqrt()) == pytest.approx(RMS * BUDGET.learning_rate, rel=0.4)
+        values = np.linalg.svd(step.numpy(), compute_uv=False)
+        assert np.median(values) > 0.5 * values[0]
 
 
 def test_vision_trains_when_told_to(sft: Any, tiny_model: Any) -> None:
@@ -200,14 +218,20 @@ def kill_at(step: int) -> Any:
     return report
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(sft: Any) -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(sft: Any, name: Any) -> None:
     """Six steps, three an epoch, a checkpoint every two: killed before the first, and later twice."""
-    whole, numbers = sft(folder="whole")
+    budget = replace(BUDGET, optimizer=name)
+    whole, numbers = sft(budget, folder="whole")
     for at in (1, 3, 5):
         with pytest.raises(Killed):
-            sft(folder=f"killed {at}", report=kill_at(at))
+            sft(budget, folder=f"killed {at}", report=kill_at(at))
         seen: list[int] = []
-        resumed, again = sft(folder=f"killed {at}", report=lambda n, step, steps: seen.append(step))  # noqa: B023
+        resumed, again = sft(
+            budget,
+            folder=f"killed {at}",
+            report=lambda n, step, steps: seen.append(step),  # noqa: B023
+        )
         assert seen[0] == at  # it went on from checkpoint 2 or 4
         assert same(whole, resumed) and again == numbers
 
@@ -305,3 +329,19 @@ def test_the_chosen_side_wins(dpo: Any, tiny_model: Any, tiny_processor: Any) ->
     for loss in (PreferenceLoss(["sigmoid"], [1.0]), PreferenceLoss()):
         model, _ = dpo(loss=loss)
         assert margin(model.eval()) > margin(tiny_model()) + 1
+
+
+def test_batches_hold_rows_of_like_length_and_every_epoch_has_its_own_order() -> None:
+    lengths = [int(n) for n in np.random.default_rng(0).integers(20, 300, size=403)]
+    sampler = LengthBuckets(lengths, 8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(403)) and len(sampler) == 403
+    batches = [[lengths[i] for i in first[start : start + 8]] for start in range(0, 403, 8)]
+    padded = sum(max(batch) * len(batch) for batch in batches)
+    assert padded < 1.1 * sum(lengths)
+    assert [max(batch) for batch in batches] != sorted(max(batch) for batch in batches)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert second != first and list(sampler) == second
+    sampler.set_epoch(0)
+    assert list(sampler) == first

@@ -9,13 +9,13 @@ from models.records import Question, ReasoningPath, Step
 
 BOARD = {"digits": [[3, 5, 8], [4, 0, 1], [6, 7, 2]]}
 QUESTIONS = {
-    "q": Question("q", ["images/q.png"], "What is the sum of row 1?", "16", annotation=BOARD),
+    "q": Question("q", ["images/q.png"], "What is the sum of the top row?", "16", annotation=BOARD),
     "own": Question("own", ["images/own.png"], "What animal?", "dog"),
 }
 
 
 def path(
-    score: int | None, right: bool | None, question: str = "q", content: str = "row 1 is 3 5 8"
+    score: int | None, right: bool | None, question: str = "q", content: str = "top row is 3 5 8"
 ) -> ReasoningPath:
     return ReasoningPath(question, 0, [Step("Read", content), Step("Answer", "16")], "", "16", right, score)
 
@@ -49,7 +49,7 @@ def test_paths_without_a_score_count_nowhere() -> None:
 
 
 def test_the_oracle_speaks_of_annotated_questions_only() -> None:
-    said = [path(1, True), path(1, True, content="row 1 is 3 5 9"), path(1, False, "own")]
+    said = [path(1, True), path(1, True, content="top row is 3 5 9"), path(1, False, "own")]
     marked, scores = with_oracle(said, QUESTIONS)
     assert [p.oracle for p in marked] == [{"step_accuracy": 1.0}, {"step_accuracy": 0.0}, None]
     assert scores[0] is not None and scores[1] is not None and scores[0] > scores[1] and scores[2] is None
