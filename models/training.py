@@ -249,10 +249,23 @@ class LengthBuckets:
             yield from batch
 
 
-def bucketed(trainer: type) -> type:
-    """The trainer class with `LengthBuckets` over the `length` column of its data set."""
+def bucketed(trainer: type, tokens_per_row: float | None = None) -> type:
+    """The trainer class with `LengthBuckets` over the `length` column of its data set.
+
+    tokens_per_row: mean number of tokens with a loss. Where it is given the loss of a batch is its sum over the
+    expected number of tokens: a mean over the batch's own would weigh every token of the batches of short rows
+    several times as much, and a model would learn to write short chains more often than its data does.
+    """
 
     class Bucketed(trainer):  # type: ignore[misc]
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches, tokens = super().get_batch_samples(*args, **kwargs)
+            if tokens_per_row is not None and tokens is not None:
+                rows = sum(len(batch["input_ids"]) for batch in batches)
+                ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+                tokens = tokens * 0 + tokens_per_row * rows * ranks
+            return batches, tokens
+
         def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
             rows = self.train_dataset if train_dataset is None else train_dataset
             size = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -299,7 +312,8 @@ def train_sft(
         freeze_vision(model)
     model.config.use_cache = False
     guard = Guard(model)
-    trainer = bucketed(SFTTrainer)(
+    tokens = sum(label != IGNORE for row in rows for label in row["labels"])
+    trainer = bucketed(SFTTrainer, tokens / len(rows))(
         model=model,
         args=SFTConfig(
             **arguments(budget, Path(folder), seed, len(rows)), dataset_kwargs={"skip_prepare_dataset": True}

@@ -20,16 +20,16 @@ every read worked out; checked: and once more."""
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.75,
-    "compare": 0.75,
-    "count_board": 0.60,
-    "order": 0.70,
-    "parity": 0.65,
-    "largest": 0.60,
-    "sum_line": 0.45,
-    "two_conditions": 0.45,
-    "sum_diagonal": 0.40,
-    "count_lines": 0.40,
+    "where": 0.60,
+    "compare": 0.60,
+    "count_board": 0.50,
+    "order": 0.60,
+    "parity": 0.55,
+    "largest": 0.50,
+    "sum_line": 0.40,
+    "two_conditions": 0.40,
+    "sum_diagonal": 0.35,
+    "count_lines": 0.35,
     "largest_line": 0.35,
     "difference": 0.30,
 }
@@ -62,7 +62,7 @@ def chain(question: BoardQuestion, strategy: str) -> list[Step]:
     elif strategy == "brief":
         parts = [("Read", _reads(question))]
     elif strategy in ("detailed", "checked"):
-        parts = []
+        parts = [("Mean", ", ".join(plan.opening))] if plan.opening else []
         for (line, digits), work in zip(plan.reads, plan.work, strict=True):
             parts.append(("Read", f"{line} is {_join(digits)}"))
             parts.append(("Work", ", ".join(work)))

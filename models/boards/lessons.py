@@ -23,10 +23,12 @@ from models.boards.questions import (
     ask_on,
     condition,
     line_digits,
+    meaning,
     random_digits,
     read_cell,
     running_extreme,
     running_sum,
+    step_between,
     tally,
     two_conditions,
 )
@@ -35,7 +37,7 @@ from models.prompts import fill
 from models.reasoning import thoughts
 from models.records import Step
 
-DRILLS = {"add": 0.3, "take": 0.12, "extreme": 0.2, "count": 0.25, "parity": 0.05, "compare": 0.08}
+DRILLS = {"add": 0.2, "take": 0.2, "extreme": 0.2, "count": 0.25, "parity": 0.07, "compare": 0.08}
 """Share of each kind of drill."""
 
 
@@ -73,7 +75,7 @@ def _read_line(digits: Digits, generator: np.random.Generator) -> tuple[str, str
 def drill(generator: np.random.Generator) -> tuple[str, str]:
     """A small exercise with numbers that are written down: adding, taking away, comparing, counting."""
     values = [int(d) for d in generator.integers(0, 10, size=SIDE)]
-    first, second = (int(n) for n in generator.integers(0, 28, size=2))
+    first, second, third = (int(n) for n in generator.integers(0, 10, size=(3, SIDE)).sum(axis=1))
     kind = str(generator.choice(list(DRILLS), p=list(DRILLS.values())))
     if kind == "add":
         return f"Add {_join(values)}.", ", ".join(running_sum(values))
@@ -82,16 +84,15 @@ def drill(generator: np.random.Generator) -> tuple[str, str]:
         return f"Take {low} from {high}.", f"{high} - {low} = {high - low}"
     if kind == "extreme":
         largest = bool(generator.integers(2))
-        numbers = values if generator.integers(2) else [first, second, int(generator.integers(0, 28))]
+        numbers = values if generator.integers(2) else [first, second, third]
         work, best = running_extreme(numbers, largest)
         return f"{'Largest' if largest else 'Smallest'} of {_join(numbers)}.", f"{', '.join(work)}, {best}"
     if kind == "count":
         phrase, holds = (two_conditions if generator.random() < 0.4 else condition)(generator)
-        return f"Which of {_join(values)} are {phrase}?", tally(values, holds)
+        return f"Which of {_join(values)} are {phrase}?", f"{meaning(phrase, holds)}, {tally(values, holds)}"
     if kind == "parity":
         return f"Is {first} even or odd?", f"{first} is {'odd' if first % 2 else 'even'}"
-    sign = "<" if first < second else ">" if first > second else "="
-    return f"Compare {first} and {second}.", f"{first} {sign} {second}"
+    return f"Compare {first} and {second}.", step_between(first, second)
 
 
 def demonstration(generator: np.random.Generator) -> tuple[BoardQuestion, str, list[Step]]:

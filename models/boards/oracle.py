@@ -17,7 +17,8 @@ from models.records import Step
 
 _READ = re.compile(rf"({'|'.join(LINES + DIAGONALS)})( backwards)? is ((?:\d ?)+)$")
 _ARITHMETIC = re.compile(r"(\d{1,9}) ([+-]) (\d{1,9}) = (\d{1,9})$")
-_COMPARISON = re.compile(r"(\d{1,9}) ([<>=]) (\d{1,9})$")
+_COMPARISON = re.compile(r"(\d{1,9}) to (\d{1,9}) (rises|falls|stays)$")
+_MEANING = re.compile(r"([a-z\d ]+) means ((?:\d ?)+)$")
 _TALLY = re.compile(r"((?:\d (?:yes|no) )+)makes (\d{1,9})$")
 _PARITY = re.compile(r"(\d{1,9}) is (even|odd)$")
 
@@ -56,8 +57,11 @@ def check_claim(
         a, sign, b, c = match.groups()
         return int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
     if match := _COMPARISON.match(claim):
-        a, sign, b = match.groups()
-        return {"<": int(a) < int(b), ">": int(a) > int(b), "=": int(a) == int(b)}[sign]
+        a, b, verdict = match.groups()
+        return verdict == ("rises" if int(a) < int(b) else "falls" if int(a) > int(b) else "stays")
+    if match := _MEANING.match(claim):
+        meant = condition_in(match.group(1))
+        return meant is not None and match.group(2).split() == [str(d) for d in range(10) if meant(d)]
     if match := _TALLY.match(claim):
         words = match.group(1).split()
         verdicts = [word == "yes" for word in words[1::2]]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -30,21 +30,23 @@ LIMITS = (3, 6)
 """Limits of the conditions "greater than" and "less than"."""
 
 _CONDITION = re.compile(
-    r" are (?=\w)(?:(?P<parity>even|odd)(?: and )?)?(?:(?P<sign>greater|less) than (?P<limit>\d+))?\?$"
+    r"(?: are |^)(?=\w)(?:(?P<parity>even|odd)(?: and )?)?(?:(?P<sign>greater|less) than (?P<limit>\d+))?\??$"
 )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to answer: the lines to read, the working after each line, and the closing working.
+    """How to answer: the opening statements, the lines to read, the working after each line, and the
+    closing working.
 
-    reads: (line name, its digits); work: for each read, statements such as "3 + 5 = 8";
+    opening: what the condition means; reads: (line name, its digits); work: for each read, statements such as "3 + 5 = 8";
     close: statements that join the lines.
     """
 
     reads: list[tuple[str, list[int]]]
     work: list[list[str]]
     close: list[str]
+    opening: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -129,11 +131,10 @@ def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     if sum(one) == sum(two):
         raise Resample
     answer = first if sum(one) > sum(two) else second
-    sign = ">" if sum(one) > sum(two) else "<"
     plan = Plan(
         [(first, one), (second, two)],
         [running_sum(one), running_sum(two)],
-        [f"{sum(one)} {sign} {sum(two)}"],
+        [step_between(sum(one), sum(two))],
     )
     return BoardQuestion("compare", f"Which has the larger sum, the {first} or the {second}?", answer, digits, plan)
 
@@ -150,7 +151,7 @@ def condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool
 
 
 def condition_in(text: str) -> Callable[[int], bool] | None:
-    """The condition that a question puts on a digit; None where it puts none."""
+    """The condition that a question (or a bare phrase) puts on a digit; None where it puts none."""
     match = _CONDITION.search(text)
     if not match:
         return None
@@ -162,6 +163,11 @@ def condition_in(text: str) -> Callable[[int], bool] | None:
         return not sign or (digit > limit if sign == "greater" else digit < limit)
 
     return holds
+
+
+def meaning(phrase: str, holds: Callable[[int], bool]) -> str:
+    """The digits that meet a condition: "greater than 6 means 7 8 9"."""
+    return f"{phrase} means {' '.join(str(digit) for digit in range(10) if holds(digit))}"
 
 
 def tally(values: list[int], holds: Callable[[int], bool]) -> str:
@@ -185,7 +191,7 @@ def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestio
     phrase, holds = condition(generator)
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
     work, close, total = _counting(lines, holds)
-    plan = Plan(lines, work, close)
+    plan = Plan(lines, work, close, [meaning(phrase, holds)])
     text = f"How many digits in the {first} and the {second} are {phrase}?"
     return BoardQuestion("count_lines", text, str(total), digits, plan)
 
@@ -194,7 +200,7 @@ def _count_board(digits: Digits, generator: np.random.Generator) -> BoardQuestio
     phrase, holds = condition(generator)
     lines = [(line, line_digits(digits, line)) for line in _of_kind("row")]
     work, close, total = _counting(lines, holds)
-    plan = Plan(lines, work, close)
+    plan = Plan(lines, work, close, [meaning(phrase, holds)])
     return BoardQuestion("count_board", f"How many digits are {phrase}?", str(total), digits, plan)
 
 
@@ -209,17 +215,21 @@ def _two_conditions(digits: Digits, generator: np.random.Generator) -> BoardQues
     phrase, holds = two_conditions(generator)
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
     work, close, total = _counting(lines, holds)
-    plan = Plan(lines, work, close)
+    plan = Plan(lines, work, close, [meaning(phrase, holds)])
     text = f"How many digits in the {first} and the {second} are {phrase}?"
     return BoardQuestion("two_conditions", text, str(total), digits, plan)
+
+
+def step_between(first: int, second: int) -> str:
+    """How two numbers compare, both of them said before the verdict: "3 to 8 rises"."""
+    return f"{first} to {second} {'rises' if first < second else 'falls' if first > second else 'stays'}"
 
 
 def running_extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
     """Statements of a running comparison and the largest (smallest) value."""
     best, statements = values[0], []
     for value in values[1:]:
-        sign = ">" if best > value else "<" if best < value else "="
-        statements.append(f"{best} {sign} {value}")
+        statements.append(step_between(best, value))
         best = max(best, value) if largest else min(best, value)
     return statements, best
 
@@ -263,9 +273,8 @@ def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
         else:
             digits[:, COLUMNS.index(name)] = ordered
     values = line_digits(digits, line)
-    signs = ["<" if a < b else ">" if a > b else "=" for a, b in pairwise(values)]
-    work = [f"{a} {sign} {b}" for a, sign, b in zip(values, signs, values[1:], strict=False)]
-    answer = "yes" if signs == ["<"] * (SIDE - 1) else "no"
+    work = [step_between(a, b) for a, b in pairwise(values)]
+    answer = "yes" if all(a < b for a, b in pairwise(values)) else "no"
     plan = Plan([(line, values)], [work], [])
     return BoardQuestion("order", f"Do the digits of the {line} increase?", answer, digits, plan)
 
