@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Params:
-    """hub: "owner/name@<40-digit revision>", or None to train the embedded model with the rest."""
+    """hub: "owner/name@<40-digit revision>", or None to train the embedded model with the rest.
+
+    replay: conversations of the base among the generator's demonstrations, so that it keeps what it knows.
+    """
 
     hub: str | None = None
     prompts: str = "short"
@@ -37,6 +40,7 @@ class Params:
     vision: Alignment = field(default_factory=Alignment)
     base: Budget = field(default_factory=Budget)
     generator: Budget = field(default_factory=Budget)
+    replay: int = 0
 
 
 def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]:
@@ -51,9 +55,10 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
     set_seed(seed)
     images = data_and_instruct_images("data", instruct)
     numbers: dict[str, Any] = {}
+    lessons = _lessons(instruct)
     for role, parent, conversations, budget in (
-        ("base", None, _lessons(instruct), p.base),
-        ("generator", "base", _protocol(instruct, p.prompts), p.generator),
+        ("base", None, lessons, p.base),
+        ("generator", "base", [*_protocol(instruct, p.prompts), *lessons[: p.replay]], p.generator),
     ):
         kept = stage.scratch / role
         if not (kept / "done").exists():

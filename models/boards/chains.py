@@ -20,17 +20,17 @@ every read worked out; checked: and once more."""
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.60,
-    "compare": 0.60,
-    "count_board": 0.50,
-    "order": 0.60,
-    "parity": 0.55,
-    "largest": 0.50,
+    "where": 0.75,
+    "compare": 0.80,
+    "count_board": 0.65,
+    "order": 0.75,
+    "parity": 0.75,
+    "largest": 0.60,
     "sum_line": 0.40,
-    "two_conditions": 0.40,
+    "two_conditions": 0.50,
     "sum_diagonal": 0.35,
-    "count_lines": 0.35,
-    "largest_line": 0.35,
+    "count_lines": 0.45,
+    "largest_line": 0.50,
     "difference": 0.30,
 }
 """How readily a person answers a question of this family without writing the working down:

@@ -85,8 +85,8 @@ def drill(generator: np.random.Generator) -> tuple[str, str]:
     if kind == "extreme":
         largest = bool(generator.integers(2))
         numbers = values if generator.integers(2) else [first, second, third]
-        work, best = running_extreme(numbers, largest)
-        return f"{'Largest' if largest else 'Smallest'} of {_join(numbers)}.", f"{', '.join(work)}, {best}"
+        work, _ = running_extreme(numbers, largest)
+        return f"{'Largest' if largest else 'Smallest'} of {_join(numbers)}.", ", ".join(work)
     if kind == "count":
         phrase, holds = (two_conditions if generator.random() < 0.4 else condition)(generator)
         return f"Which of {_join(values)} are {phrase}?", f"{meaning(phrase, holds)}, {tally(values, holds)}"

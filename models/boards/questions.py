@@ -12,7 +12,7 @@ what to look at and how to work it out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -119,7 +119,7 @@ def _difference(digits: Digits, generator: np.random.Generator) -> BoardQuestion
     plan = Plan(
         [(first, one), (second, two)],
         [running_sum(one), running_sum(two)],
-        [f"{high} - {low} = {high - low}"],
+        [step_between(sum(one), sum(two)), f"{high} - {low} = {high - low}"],
     )
     text = f"What is the difference between the sums of the {first} and the {second}?"
     return BoardQuestion("difference", text, str(high - low), digits, plan)
@@ -134,7 +134,7 @@ def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     plan = Plan(
         [(first, one), (second, two)],
         [running_sum(one), running_sum(two)],
-        [step_between(sum(one), sum(two))],
+        [*_named([first, second], [sum(one), sum(two)]), *running_extreme([sum(one), sum(two)], True)[0]],
     )
     return BoardQuestion("compare", f"Which has the larger sum, the {first} or the {second}?", answer, digits, plan)
 
@@ -226,12 +226,17 @@ def step_between(first: int, second: int) -> str:
 
 
 def running_extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
-    """Statements of a running comparison and the largest (smallest) value."""
+    """Statements of a running comparison, the leader after each, and the largest (smallest) value."""
     best, statements = values[0], []
     for value in values[1:]:
         statements.append(step_between(best, value))
         best = max(best, value) if largest else min(best, value)
+        statements.append(f"{best} leads")
     return statements, best
+
+
+def _named(names: Sequence[str], values: Sequence[int]) -> list[str]:
+    return [f"{name} has {value}" for name, value in zip(names, values, strict=True)]
 
 
 def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
@@ -250,7 +255,7 @@ def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     if values.count(best) > 1:
         raise Resample
     answer, word = f"{COLUMNS[values.index(best)]} column", "largest" if largest else "smallest"
-    plan = Plan([(line, values)], [work], [f"the {word} is {best}"])
+    plan = Plan([(line, values)], [work], _named(COLUMNS, values))
     return BoardQuestion("where", f"In which column of the {line} is the {word} digit?", answer, digits, plan)
 
 
@@ -274,8 +279,9 @@ def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
             digits[:, COLUMNS.index(name)] = ordered
     values = line_digits(digits, line)
     work = [step_between(a, b) for a, b in pairwise(values)]
-    answer = "yes" if all(a < b for a, b in pairwise(values)) else "no"
-    plan = Plan([(line, values)], [work], [])
+    rises = sum(a < b for a, b in pairwise(values))
+    answer = "yes" if rises == SIDE - 1 else "no"
+    plan = Plan([(line, values)], [work], [f"{rises} of {SIDE - 1} rise"])
     return BoardQuestion("order", f"Do the digits of the {line} increase?", answer, digits, plan)
 
 
@@ -287,6 +293,7 @@ def _largest_line(digits: Digits, generator: np.random.Generator) -> BoardQuesti
     if sums.count(best) > 1:
         raise Resample
     answer = lines[sums.index(best)][0]
+    close = _named([line for line, _ in lines], sums) + close
     plan = Plan(lines, [running_sum(values) for _, values in lines], close)
     return BoardQuestion("largest_line", f"Which {kind} has the largest sum?", answer, digits, plan)
 
