@@ -89,7 +89,7 @@ def answer_in_two_turns(
     engine: Engine, questions: Sequence[Question], prompts: str, reasoning_tokens: int, answer_tokens: int
 ) -> list[AgentAnswer]:
     """Reason in one turn, answer in the next, greedy. Whatever reasoning there is, the model is asked."""
-    from models.agents import AgentAnswer, reason_prompt
+    from models.agents import AgentAnswer, chain_failure, reason_prompt
     from models.engines.base import Completion, Sampling
     from models.prompts import prompt
     from models.vlm import Conversation
@@ -106,21 +106,9 @@ def answer_in_two_turns(
     by_index = dict(zip(seconds, replies, strict=True))
     nothing = Completion("", 0, True)
     return [
-        AgentAnswer(by_index.get(index, nothing).text.strip(), chain.text, chain.tokens, _failure(chain))
+        AgentAnswer(by_index.get(index, nothing).text.strip(), chain.text, chain.tokens, chain_failure(chain))
         for index, chain in enumerate(chains)
     ]
-
-
-def _failure(chain: Any) -> str | None:
-    from models.reasoning import StepError, parse_thoughts
-
-    if not chain.finished:
-        return "reasoning cut off"
-    try:
-        parse_thoughts(chain.text)
-    except StepError as error:
-        return error.reason
-    return None
 
 
 def reasoner_alone(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

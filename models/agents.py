@@ -71,7 +71,7 @@ def answer_with_agents(
     chains = reasoner.generate(
         [reason_prompt(prompts, q) for q in questions], Sampling(max_new_tokens=reasoning_tokens)
     )
-    failures = [_failure(chain) for chain in chains]
+    failures = [chain_failure(chain) for chain in chains]
     asked = [
         direct_prompt(prompts, q) if failure else summary_prompt(prompts, q, chain.text)
         for q, chain, failure in zip(questions, chains, failures, strict=True)
@@ -88,7 +88,8 @@ def answer_with_agents(
     ]
 
 
-def _failure(chain: Completion) -> str | None:
+def chain_failure(chain: Completion) -> str | None:
+    """Why a reasoning agent's output is no chain; None where it is one."""
     if not chain.finished:
         return "reasoning cut off"
     try:
@@ -108,7 +109,7 @@ def sample_reasoning(
     outcomes: list[ReasoningPath | FailedPath] = []
     for index, reply in enumerate(replies):
         question, sample = questions[index // samples], index % samples
-        if failure := _failure(reply):
+        if failure := chain_failure(reply):
             outcomes.append(FailedPath(question.id, sample, failure, reply.text))
         else:
             outcomes.append(ReasoningPath(question.id, sample, parse_thoughts(reply.text), reply.text, ""))

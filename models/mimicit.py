@@ -23,6 +23,7 @@ from typing import Any
 
 from models.base64_images import JsonImages, MimicItError, ParquetImages, encode_base64, write_parquet_images
 from models.images import ImageError, inspect_image
+from models.vlm import Conversation
 
 NOT_AN_ENTRY = "not an entry"
 NO_IMAGE = "no image"
@@ -247,3 +248,25 @@ def open_images(path: str | Path, problems: list[Problem] | None = None) -> Mapp
     """The images of a file by id, decoded from base64 when asked for (MimicItError if that fails)."""
     path, problems = Path(path), [] if problems is None else problems
     return ParquetImages(path) if path.suffix == ".parquet" else JsonImages(_read_object(path, problems))
+
+
+def general_conversations(
+    folder: str | Path, count: int | None = None, seed: int | None = None
+) -> list[Conversation]:
+    """Training conversations of a set, one a training id: its in-context examples, then itself (2.3).
+
+    count: only so many, drawn without replacement by `seed`; fewer where the set has fewer.
+    """
+    lessons = read_folder(folder)
+    names = list(lessons.train_ids)
+    if count is not None:
+        import numpy as np
+
+        names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))[:count]]
+    conversations = []
+    for name in names:
+        entries = [*lessons.context(name), lessons.instructions[name]]
+        conversations.append(
+            Conversation(entries[-1].image_ids, [(e.instruction, e.answer) for e in entries])
+        )
+    return conversations

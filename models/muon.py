@@ -1,11 +1,12 @@
-"""Muon (K. Jordan et al., 2024) beside AdamW: matrices of the layers step along the orthogonalised momentum,
-everything else (embeddings, norms, biases) as AdamW. Small models trained from scratch learn in a third of the
-steps that AdamW alone needs.
+"""Muon (K. Jordan et al., 2024) beside AdamW: matrices of the layers step along the orthogonalised
+momentum, everything else (embeddings, norms, biases) as AdamW. Small models trained from scratch learn in a
+third of the steps that AdamW alone needs.
 
-    optimizer = Muon(model, learning_rate=1.5e-3, weight_decay=0.05)
+    optimizer = Muon(model, learning_rate=4e-3, weight_decay=0.05)
 
-torch's own `torch.optim.Muon` takes matrices only and orthogonalises each by itself in bfloat16, which costs more
-than the step itself on a CPU without it; this one does all matrices of a shape at once, in their own precision.
+torch's own `torch.optim.Muon` takes matrices only and orthogonalises each by itself in bfloat16, which costs
+more than the step itself on a CPU without it; this one does all matrices of a shape at once, in their own
+precision.
 """
 
 from __future__ import annotations

@@ -181,7 +181,8 @@ def callback(guard: Guard, report: Report | None) -> Any:
 def encode_rows(
     encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"images", "input_ids", "labels", "length"} and how many conversations were too long and left out."""
+    """Rows {"images", "input_ids", "labels", "length"}, and how many conversations were too long
+    and left out."""
     rows, long = [], 0
     first = next((c.images for c in conversations if c.images), None)
     if first:
@@ -218,7 +219,7 @@ class LengthBuckets:
     """A sampler whose consecutive batches hold rows of like length, the batches in random order:
     padding falls from about half to a few percent where lengths vary.
 
-    The order is a function of seed and epoch alone (`set_epoch`), so that a resumed run meets the same batches.
+    The order is a function of seed and epoch alone (`set_epoch`): a resumed run meets the same batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -252,9 +253,9 @@ class LengthBuckets:
 def bucketed(trainer: type, tokens_per_row: float | None = None) -> type:
     """The trainer class with `LengthBuckets` over the `length` column of its data set.
 
-    tokens_per_row: mean number of tokens with a loss. Where it is given the loss of a batch is its sum over the
-    expected number of tokens: a mean over the batch's own would weigh every token of the batches of short rows
-    several times as much, and a model would learn to write short chains more often than its data does.
+    tokens_per_row: mean number of tokens with a loss. Where it is given the loss of a batch is its sum over
+    the expected number of tokens: a mean over the batch's own would weigh every token of the batches of short
+    rows several times as much, and a model would learn to write short chains more often than its data does.
     """
 
     class Bucketed(trainer):  # type: ignore[misc]

@@ -50,12 +50,13 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
     from transformers import set_seed
 
     from models.images import data_and_instruct_images
+    from models.mimicit import general_conversations
     from models.vlm import load, save
 
     set_seed(seed)
     images = data_and_instruct_images("data", instruct)
     numbers: dict[str, Any] = {}
-    lessons = _lessons(instruct)
+    lessons = general_conversations(instruct)
     for role, parent, conversations, budget in (
         ("base", None, lessons, p.base),
         ("generator", "base", [*_protocol(instruct, p.prompts), *lessons[: p.replay]], p.generator),
@@ -127,21 +128,6 @@ def _new_model(
     return model, processor
 
 
-def _lessons(instruct: Path) -> list[Any]:
-    """One conversation a training id of the MIMIC-IT set: its in-context examples, then itself."""
-    from models.mimicit import read_folder
-    from models.vlm import Conversation
-
-    lessons = read_folder(instruct)
-    conversations = []
-    for name in lessons.train_ids:
-        entries = [*lessons.context(name), lessons.instructions[name]]
-        conversations.append(
-            Conversation(entries[-1].image_ids, [(e.instruction, e.answer) for e in entries])
-        )
-    return conversations
-
-
 def _protocol(instruct: Path, prompts: str) -> list[Any]:
     """Demonstrations of the step protocol: one turn a step, then the answer (METHOD 1.1)."""
     from models.prompts import fill, prompt
@@ -165,11 +151,12 @@ def _protocol(instruct: Path, prompts: str) -> list[Any]:
 def _texts(instruct: Path, prompts: str) -> list[str]:
     """Everything the embedded model will read or write, for its tokenizer."""
     from models.assessment import judge_prompt
+    from models.mimicit import general_conversations
     from models.prompts import ROLES, prompt
     from models.records import Question, read_jsonl
 
     texts = [prompt(prompts, role) for role in ROLES]
-    texts += [text for c in _lessons(instruct)[:2000] for turn in c.turns for text in turn]
+    texts += [text for c in general_conversations(instruct)[:2000] for turn in c.turns for text in turn]
     texts += [text for c in _protocol(instruct, prompts)[:2000] for turn in c.turns for text in turn]
     for row in list(read_jsonl(instruct / "graded.jsonl"))[:500]:
         question = Question("", [], row["question"], row["answer"])

@@ -13,20 +13,28 @@ from tasks import params, roles
 from tasks.stage import StageRun, open_stage, settings
 from tasks.training_log import training_report
 
-BASE, CURATED = Path("artifacts/foundation/base"), Path("artifacts/curate")
+BASE, CURATED, INSTRUCT = (
+    Path("artifacts/foundation/base"),
+    Path("artifacts/curate"),
+    Path("artifacts/instruct"),
+)
 
 
 @dataclass(frozen=True)
 class Params:
-    """Published: 200K paths, 2 epochs, learning rate 5e-6, batch 64 a node."""
+    """general: conversations of instruct's set for every path, for models that would forget what they saw
+    (published: none). Published: 200K paths, 2 epochs, learning rate 5e-6, batch 64 a node."""
 
     prompts: str = "full"
+    general: float = 0.0
     budget: Budget = field(default_factory=lambda: Budget(epochs=2, learning_rate=5e-6, batch_size=64))
 
 
 def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     """Publish checkpoint/ and return the run's numbers."""
     from models.agents import reason_prompt
+    from models.images import data_and_instruct_images
+    from models.mimicit import general_conversations
     from models.records import read_paths, read_questions
     from models.training import train_sft
     from models.vlm import Conversation, load, save
@@ -36,10 +44,12 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     for path in read_paths(CURATED / "reasoning.jsonl"):
         asked = reason_prompt(p.prompts, questions[path.question_id])
         conversations.append(Conversation(asked.images, [(asked.turns[0][0], path.text)]))
+    conversations += general_conversations(INSTRUCT, round(p.general * len(conversations)), seed)
+    images = data_and_instruct_images(roles.DATA, INSTRUCT)
     model, processor = load(BASE)
     with training_report(stage, "reasoning_sft") as report:
         numbers = train_sft(
-            model, processor, conversations, p.budget, stage.scratch / "steps", seed, roles.DATA, report
+            model, processor, conversations, p.budget, stage.scratch / "steps", seed, images, report
         )
     save(model, processor, stage.out / "checkpoint")
     stage.generation("reasoning_sft", stage.out / "checkpoint", round=0, parents=["base"], kind="reasoning")
@@ -49,8 +59,9 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
 def main() -> None:
     """Run the stage in the checkout's root."""
     p = params.load("reasoning_sft", Params)
+    inputs: list[str | Path] = ["data", BASE, CURATED, INSTRUCT]
     with open_stage(
-        "reasoning_sft", params=settings(p), inputs=["data", BASE, CURATED], out="artifacts/reasoning_sft"
+        "reasoning_sft", params=settings(p), inputs=inputs, out="artifacts/reasoning_sft"
     ) as stage:
         stage.metrics(run(p, params.seed(), stage))
 

@@ -35,6 +35,7 @@ class Params:
 def conversations(p: Params, seed: int) -> list[Any]:
     """Summary records and a random share of the general conversations, as training conversations."""
     from models.agents import summary_prompt
+    from models.mimicit import general_conversations
     from models.records import read_jsonl, read_questions
     from models.vlm import Conversation
 
@@ -43,24 +44,7 @@ def conversations(p: Params, seed: int) -> list[Any]:
     for row in read_jsonl(RECORDS / "records.jsonl"):
         asked = summary_prompt(p.prompts, questions[row["question_id"]], row["thoughts"])
         rows.append(Conversation(asked.images, [(asked.turns[0][0], row["answer"])]))
-    return rows + general_conversations(round(p.general * len(rows)), seed)
-
-
-def general_conversations(count: int, seed: int) -> list[Any]:
-    """`count` conversations of the base model's own mix, to keep perception."""
-    import numpy as np
-
-    from models.mimicit import read_folder
-    from models.vlm import Conversation
-
-    lessons = read_folder(INSTRUCT)
-    chosen = np.random.default_rng(seed).permutation(len(lessons.train_ids))[:count]
-    rows = []
-    for index in chosen:
-        name = lessons.train_ids[index]
-        entries = [*lessons.context(name), lessons.instructions[name]]
-        rows.append(Conversation(entries[-1].image_ids, [(e.instruction, e.answer) for e in entries]))
-    return rows
+    return rows + general_conversations(INSTRUCT, round(p.general * len(rows)), seed)
 
 
 def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:

@@ -20,17 +20,17 @@ every read worked out; checked: and once more."""
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.75,
-    "compare": 0.80,
-    "count_board": 0.65,
-    "order": 0.75,
-    "parity": 0.75,
-    "largest": 0.60,
+    "where": 0.65,
+    "compare": 0.65,
+    "count_board": 0.50,
+    "order": 0.65,
+    "parity": 0.65,
+    "largest": 0.50,
     "sum_line": 0.40,
-    "two_conditions": 0.50,
+    "two_conditions": 0.45,
     "sum_diagonal": 0.35,
     "count_lines": 0.45,
-    "largest_line": 0.50,
+    "largest_line": 0.45,
     "difference": 0.30,
 }
 """How readily a person answers a question of this family without writing the working down:

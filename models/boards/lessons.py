@@ -8,12 +8,14 @@ the step protocol for the generator, scoring for the judge.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from models.boards.chains import STRATEGIES, chain, pick_strategy
 from models.boards.oracle import assess_path
 from models.boards.questions import (
+    COLUMNS,
     DIAGONALS,
     FAMILIES,
     LINES,
@@ -24,8 +26,10 @@ from models.boards.questions import (
     condition,
     line_digits,
     meaning,
+    named,
     random_digits,
     read_cell,
+    rising,
     running_extreme,
     running_sum,
     step_between,
@@ -37,7 +41,16 @@ from models.prompts import fill
 from models.reasoning import thoughts
 from models.records import Step
 
-DRILLS = {"add": 0.2, "take": 0.2, "extreme": 0.2, "count": 0.25, "parity": 0.07, "compare": 0.08}
+DRILLS = {
+    "add": 0.18,
+    "take": 0.16,
+    "extreme": 0.12,
+    "leader": 0.14,
+    "where": 0.08,
+    "order": 0.06,
+    "count": 0.2,
+    "parity": 0.06,
+}
 """Share of each kind of drill."""
 
 
@@ -69,7 +82,10 @@ def turns(
 def _read_line(digits: Digits, generator: np.random.Generator) -> tuple[str, str]:
     line = str(generator.choice(LINES + DIAGONALS))
     back = " backwards" if generator.random() < 0.25 else ""
-    return f"Read the {line}{back}.", f"{line}{back} is {_join(line_digits(digits, line)[:: -1 if back else 1])}"
+    return (
+        f"Read the {line}{back}.",
+        f"{line}{back} is {_join(line_digits(digits, line)[:: -1 if back else 1])}",
+    )
 
 
 def drill(generator: np.random.Generator) -> tuple[str, str]:
@@ -81,7 +97,8 @@ def drill(generator: np.random.Generator) -> tuple[str, str]:
         return f"Add {_join(values)}.", ", ".join(running_sum(values))
     if kind == "take":
         low, high = sorted((first, second))
-        return f"Take {low} from {high}.", f"{high} - {low} = {high - low}"
+        work = [step_between(first, second), f"{high} - {low} = {high - low}"]
+        return f"How far is {first} from {second}?", ", ".join(work)
     if kind == "extreme":
         largest = bool(generator.integers(2))
         numbers = values if generator.integers(2) else [first, second, third]
@@ -90,9 +107,26 @@ def drill(generator: np.random.Generator) -> tuple[str, str]:
     if kind == "count":
         phrase, holds = (two_conditions if generator.random() < 0.4 else condition)(generator)
         return f"Which of {_join(values)} are {phrase}?", f"{meaning(phrase, holds)}, {tally(values, holds)}"
-    if kind == "parity":
-        return f"Is {first} even or odd?", f"{first} is {'odd' if first % 2 else 'even'}"
-    return f"Compare {first} and {second}.", step_between(first, second)
+    if kind == "leader":
+        names = generator.permutation(_lines_of_a_kind(generator))[: 2 + int(generator.integers(2))].tolist()
+        sums = [first, second, third][: len(names)]
+        work, best = running_extreme(sums, largest=True)
+        leader = names[sums.index(best)]
+        return f"{', '.join(named(names, sums))}. Which leads?", f"{', '.join(work)}, {leader}"
+    if kind == "where":
+        wanted = int(generator.integers(SIDE))
+        column = COLUMNS[values.index(values[wanted])]
+        return f"{', '.join(named(COLUMNS, values))}. Where is {values[wanted]}?", f"{column} column"
+    if kind == "order":
+        if generator.integers(2):
+            values = sorted(values)
+        work, answer = rising(values)
+        return f"Do {_join(values)} increase?", f"{', '.join(work)}, {answer}"
+    return f"Is {first} even or odd?", f"{first} is {'odd' if first % 2 else 'even'}"
+
+
+def _lines_of_a_kind(generator: np.random.Generator) -> list[str]:
+    return LINES[:SIDE] if generator.integers(2) else LINES[SIDE:]
 
 
 def demonstration(generator: np.random.Generator) -> tuple[BoardQuestion, str, list[Step]]:
@@ -129,14 +163,28 @@ def spoil(steps: Sequence[Step], generator: np.random.Generator) -> list[Step]:
     return spoiled
 
 
+def _another_answer(question: BoardQuestion, generator: np.random.Generator) -> str:
+    """A wrong answer of the right kind: that of the same question family on other boards."""
+    while True:
+        if question.family == "read":
+            other = read_cell(random_digits(generator), generator)
+        else:
+            other = ask(generator, question.family)
+        if other.answer != question.answer:
+            return other.answer
+
+
 def graded_paths(generator: np.random.Generator, most: int = 4) -> tuple[BoardQuestion, list[str], list[int]]:
-    """A question, one to `most` paths of mixed strategies, some spoiled, and the oracle's scores."""
+    """A question, one to `most` paths of mixed strategies, some spoiled or with another answer,
+    and the oracle's scores."""
     question = any_question(generator)
     paths, scores = [], []
     for _ in range(int(generator.integers(1, most + 1))):
         steps = chain(question, str(generator.choice(STRATEGIES)))
         for _ in range(int(generator.choice(3, p=[0.5, 0.35, 0.15]))):
             steps = spoil(steps, generator)
+        if generator.random() < 0.3:
+            steps = [*steps[:-1], replace(steps[-1], content=_another_answer(question, generator))]
         right = steps[-1].content == question.answer
         scores.append(assess_path(steps, right, question.digits, question.text).score)
         paths.append(thoughts(steps))

@@ -42,9 +42,7 @@ def claims(content: str) -> list[str]:
     return [part.strip() for part in content.split(",") if part.strip()]
 
 
-def check_claim(
-    claim: str, digits: np.ndarray, holds: Callable[[int], bool] | None = None
-) -> bool | None:
+def check_claim(claim: str, digits: np.ndarray, holds: Callable[[int], bool] | None = None) -> bool | None:
     """Whether a statement is true of the board; None where it says nothing that can be checked.
 
     holds: the question's condition, by which the verdicts of a tally are checked.

@@ -39,8 +39,8 @@ class Plan:
     """How to answer: the opening statements, the lines to read, the working after each line, and the
     closing working.
 
-    opening: what the condition means; reads: (line name, its digits); work: for each read, statements such as "3 + 5 = 8";
-    close: statements that join the lines.
+    opening: what the condition means; reads: (line name, its digits); work: for each read, statements such as
+    "3 + 5 = 8"; close: statements that join the lines.
     """
 
     reads: list[tuple[str, list[int]]]
@@ -134,9 +134,11 @@ def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     plan = Plan(
         [(first, one), (second, two)],
         [running_sum(one), running_sum(two)],
-        [*_named([first, second], [sum(one), sum(two)]), *running_extreme([sum(one), sum(two)], True)[0]],
+        [*named([first, second], [sum(one), sum(two)]), *running_extreme([sum(one), sum(two)], True)[0]],
     )
-    return BoardQuestion("compare", f"Which has the larger sum, the {first} or the {second}?", answer, digits, plan)
+    return BoardQuestion(
+        "compare", f"Which has the larger sum, the {first} or the {second}?", answer, digits, plan
+    )
 
 
 def condition(generator: np.random.Generator) -> tuple[str, Callable[[int], bool]]:
@@ -235,7 +237,8 @@ def running_extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
     return statements, best
 
 
-def _named(names: Sequence[str], values: Sequence[int]) -> list[str]:
+def named(names: Sequence[str], values: Sequence[int]) -> list[str]:
+    """What each line or place has: "top row has 13"."""
     return [f"{name} has {value}" for name, value in zip(names, values, strict=True)]
 
 
@@ -255,7 +258,7 @@ def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     if values.count(best) > 1:
         raise Resample
     answer, word = f"{COLUMNS[values.index(best)]} column", "largest" if largest else "smallest"
-    plan = Plan([(line, values)], [work], _named(COLUMNS, values))
+    plan = Plan([(line, values)], [work], named(COLUMNS, values))
     return BoardQuestion("where", f"In which column of the {line} is the {word} digit?", answer, digits, plan)
 
 
@@ -265,6 +268,14 @@ def _parity(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     answer = "odd" if sum(values) % 2 else "even"
     plan = Plan([(line, values)], [running_sum(values)], [f"{sum(values)} is {answer}"])
     return BoardQuestion("parity", f"Is the sum of the {line} even or odd?", answer, digits, plan)
+
+
+def rising(values: list[int]) -> tuple[list[str], str]:
+    """Statements of whether values increase, how many steps rise last; and the answer."""
+    steps = list(pairwise(values))
+    rises = sum(a < b for a, b in steps)
+    work = [step_between(a, b) for a, b in steps] + [f"{rises} of {len(steps)} rise"]
+    return work, "yes" if rises == len(steps) else "no"
 
 
 def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
@@ -278,10 +289,8 @@ def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
         else:
             digits[:, COLUMNS.index(name)] = ordered
     values = line_digits(digits, line)
-    work = [step_between(a, b) for a, b in pairwise(values)]
-    rises = sum(a < b for a, b in pairwise(values))
-    answer = "yes" if rises == SIDE - 1 else "no"
-    plan = Plan([(line, values)], [work], [f"{rises} of {SIDE - 1} rise"])
+    (*work, verdict), answer = rising(values)
+    plan = Plan([(line, values)], [work], [verdict])
     return BoardQuestion("order", f"Do the digits of the {line} increase?", answer, digits, plan)
 
 
@@ -293,7 +302,7 @@ def _largest_line(digits: Digits, generator: np.random.Generator) -> BoardQuesti
     if sums.count(best) > 1:
         raise Resample
     answer = lines[sums.index(best)][0]
-    close = _named([line for line, _ in lines], sums) + close
+    close = named([line for line, _ in lines], sums) + close
     plan = Plan(lines, [running_sum(values) for _, values in lines], close)
     return BoardQuestion("largest_line", f"Which {kind} has the largest sum?", answer, digits, plan)
 

@@ -31,7 +31,10 @@ class RoomyLayer(DynamicLayer):
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
         if self._buffers is None or new > self._buffers[0].shape[-2]:
-            self._buffers = (self._grown(self.keys, key_states, new), self._grown(self.values, value_states, new))
+            self._buffers = (
+                self._grown(self.keys, key_states, new),
+                self._grown(self.values, value_states, new),
+            )
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):

@@ -109,7 +109,7 @@ def test_muon_moves_all_that_trains_with_an_orthogonal_step_for_every_matrix(
     sft: Any, tiny_model: Any
 ) -> None:
     before = weights(tiny_model())
-    model, numbers = sft(replace(BUDGET, optimizer="muon", max_steps=1))
+    model, _ = sft(replace(BUDGET, optimizer="muon", max_steps=1))
     assert moved(before, model) == {name for name in before if not in_vision(name)}
     steps = {name: weight - before[name] for name, weight in weights(model).items()}
     steps = {name: step for name, step in steps.items() if ".layers." in name and step.ndim == 2}
@@ -345,3 +345,26 @@ def test_batches_hold_rows_of_like_length_and_every_epoch_has_its_own_order() ->
     assert second != first and list(sampler) == second
     sampler.set_epoch(0)
     assert list(sampler) == first
+
+
+def test_short_and_long_answers_are_learnt_as_often_as_the_data_has_them(
+    sft: Any, tiny_processor: Any
+) -> None:
+    """Batches of like length must not make a token of a short row weigh more than one of a long row."""
+    import torch
+
+    from models.vlm import Encoder
+
+    asked = "What is the sum of row 1?"
+    said = ["it is 7", "yes " + "and more " * 12]
+    rows = [Conversation(["picture 1"], [(asked, said[n % 2])]) for n in range(64)]
+    budget = Budget(epochs=12, batch_size=8, learning_rate=2e-3, save_steps=1000)
+    model, _ = sft(budget, rows)
+    encoder = Encoder(tiny_processor, picture)
+    encoder.prepare(["picture 1"])
+    prompt = encoder.prompt(Conversation(["picture 1"], [(asked, "")]))
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt]), **encoder.pixels(["picture 1"])).logits[0, -1]
+    chances = logits.softmax(-1)[[encoder.answer_ids(text)[0] for text in said]]
+    assert float(chances.sum()) > 0.9
+    assert 0.3 < float(chances[0]) < 0.7

@@ -168,7 +168,9 @@ def test_the_oracle_finds_every_spoiled_chain_wrong_where_it_can_be_checked(fami
             continue
         caught += 1
         assert check_claim(changed[1], question.digits) is False, changed
-        true, false = (assess_path(chain_, True, question.digits, question.text) for chain_ in (steps, spoiled))
+        true, false = (
+            assess_path(chain_, True, question.digits, question.text) for chain_ in (steps, spoiled)
+        )
         assert true.wrong == 0 and true.step_accuracy == 1
         assert false.wrong == 1 and false.step_accuracy < 1 and false.score < true.score
     assert caught
@@ -176,10 +178,14 @@ def test_the_oracle_finds_every_spoiled_chain_wrong_where_it_can_be_checked(fami
 
 def test_care_pays_a_higher_score_and_a_wrong_answer_less() -> None:
     for question in questions("difference", 5):
-        scores = [assess_path(chain(question, s), True, question.digits, question.text).score for s in STRATEGIES]
+        scores = [
+            assess_path(chain(question, s), True, question.digits, question.text).score for s in STRATEGIES
+        ]
         assert scores == sorted(scores) and len(set(scores)) == len(scores)
         wrong = assess_path(chain(question, "checked"), False, question.digits, question.text)
-        assert wrong.score < assess_path(chain(question, "checked"), True, question.digits, question.text).score
+        assert (
+            wrong.score < assess_path(chain(question, "checked"), True, question.digits, question.text).score
+        )
 
 
 @pytest.mark.parametrize(
