@@ -258,7 +258,7 @@ def bucketed(trainer: type, tokens_per_row: float | None = None) -> type:
     rows several times as much, and a model would learn to write short chains more often than its data does.
     """
 
-    class Bucketed(trainer):  # type: ignore[misc]
+    class Bucketed(trainer):
         def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
             batches, tokens = super().get_batch_samples(*args, **kwargs)
             if tokens_per_row is not None and tokens is not None:
