@@ -16,7 +16,7 @@ from models.records import Step
 
 STRATEGIES = ("glance", "brief", "detailed", "checked")
 """glance: the answer at once; brief: reads, then the result; detailed:
-every read worked out; checked: and once more."""
+every read worked out; checked: and once more (a single read is not read twice)."""
 
 TERSENESS = {
     "read": 0.90,
@@ -65,10 +65,11 @@ def chain(question: BoardQuestion, strategy: str) -> list[Step]:
         parts = [("Mean", ", ".join(plan.opening))] if plan.opening else []
         for (line, digits), work in zip(plan.reads, plan.work, strict=True):
             parts.append(("Read", f"{line} is {_join(digits)}"))
-            parts.append(("Work", ", ".join(work)))
+            if work:
+                parts.append(("Work", ", ".join(work)))
         if plan.close:
             parts.append(("Join", ", ".join(plan.close)))
-        if strategy == "checked":
+        if strategy == "checked" and question.family != "read":
             parts.append(("Check", _second_route(question)))
     else:
         raise ValueError(f"unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
@@ -90,11 +91,14 @@ def _reads(question: BoardQuestion) -> str:
 
 def _second_route(question: BoardQuestion) -> str:
     """The same lines read again from the end, sums taken in that order:
-    a route that does not repeat the first."""
+    a route that does not repeat the first. It ends where the working ended, next to the answer."""
     parts = []
     for (line, digits), work in zip(question.plan.reads, question.plan.work, strict=True):
         back = digits[::-1]
         parts.append(f"{line} backwards is {_join(back)}")
         if "+" in " ".join(work):
             parts.extend(running_sum(back))
+    result = (question.plan.close or question.plan.work[-1])[-1]
+    if result not in question.plan.work[-1] or "+" not in result:
+        parts.append(result)
     return ", ".join(parts)

@@ -7,7 +7,7 @@ the step protocol for the generator, scoring for the judge.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,8 +15,10 @@ import numpy as np
 from models.boards.chains import STRATEGIES, chain, pick_strategy
 from models.boards.oracle import assess_path
 from models.boards.questions import (
+    CELLS,
     COLUMNS,
     DIAGONALS,
+    EXTREMES,
     FAMILIES,
     LINES,
     BoardQuestion,
@@ -27,6 +29,7 @@ from models.boards.questions import (
     line_digits,
     meaning,
     named,
+    order_of,
     random_digits,
     read_cell,
     rising,
@@ -41,15 +44,17 @@ from models.prompts import fill
 from models.reasoning import thoughts
 from models.records import Step
 
+Retell = Callable[[Digits], BoardQuestion | None]
+"""The same question about other digits; None where they give none."""
+
 DRILLS = {
-    "add": 0.18,
-    "take": 0.16,
-    "extreme": 0.12,
-    "leader": 0.14,
-    "where": 0.08,
-    "order": 0.06,
-    "count": 0.2,
-    "parity": 0.06,
+    "add": 0.22,
+    "take": 0.22,
+    "extreme": 0.10,
+    "leader": 0.18,
+    "order": 0.05,
+    "count": 0.14,
+    "parity": 0.09,
 }
 """Share of each kind of drill."""
 
@@ -80,8 +85,8 @@ def turns(
 
 
 def _read_line(digits: Digits, generator: np.random.Generator) -> tuple[str, str]:
-    line = str(generator.choice(LINES + DIAGONALS))
-    back = " backwards" if generator.random() < 0.25 else ""
+    line = str(generator.choice(CELLS if generator.random() < 0.2 else LINES + DIAGONALS))
+    back = " backwards" if line not in CELLS and generator.random() < 0.25 else ""
     return (
         f"Read the {line}{back}.",
         f"{line}{back} is {_join(line_digits(digits, line)[:: -1 if back else 1])}",
@@ -91,42 +96,40 @@ def _read_line(digits: Digits, generator: np.random.Generator) -> tuple[str, str
 def drill(generator: np.random.Generator) -> tuple[str, str]:
     """A small exercise with numbers that are written down: adding, taking away, comparing, counting."""
     values = [int(d) for d in generator.integers(0, 10, size=SIDE)]
-    first, second, third = (int(n) for n in generator.integers(0, 10, size=(3, SIDE)).sum(axis=1))
+    sums = [int(n) for n in generator.integers(0, 10, size=(SIDE, SIDE)).sum(axis=1)]
+    names = generator.permutation(_places(generator))[: 2 + int(generator.integers(2))].tolist()
     kind = str(generator.choice(list(DRILLS), p=list(DRILLS.values())))
+    if kind == "add" and generator.random() < 0.3:
+        counts = [int(n) for n in generator.integers(0, SIDE + 1, size=len(names))]
+        return f"{', '.join(named(names, counts))}. How many?", ", ".join(running_sum(counts))
     if kind == "add":
         return f"Add {_join(values)}.", ", ".join(running_sum(values))
     if kind == "take":
-        low, high = sorted((first, second))
-        work = [step_between(first, second), f"{high} - {low} = {high - low}"]
-        return f"How far is {first} from {second}?", ", ".join(work)
-    if kind == "extreme":
-        largest = bool(generator.integers(2))
-        numbers = values if generator.integers(2) else [first, second, third]
-        work, _ = running_extreme(numbers, largest)
-        return f"{'Largest' if largest else 'Smallest'} of {_join(numbers)}.", ", ".join(work)
+        low, high = sorted(sums[:2])
+        work = [step_between(*sums[:2]), f"{high} - {low} = {high - low}"]
+        return f"{', '.join(named(names[:2], sums[:2]))}. How far apart?", ", ".join(work)
+    if kind in ("extreme", "leader"):
+        word = str(generator.choice(EXTREMES))
+        numbers = values if generator.integers(2) else sums
+        if kind == "extreme":
+            return f"{word} of {_join(numbers)}?", ", ".join(running_extreme(numbers, word)[0])
+        work, _ = running_extreme(numbers[: len(names)], word, names)
+        return f"{', '.join(named(names, numbers[: len(names)]))}. Which is {word}?", ", ".join(work)
     if kind == "count":
         phrase, holds = (two_conditions if generator.random() < 0.4 else condition)(generator)
         return f"Which of {_join(values)} are {phrase}?", f"{meaning(phrase, holds)}, {tally(values, holds)}"
-    if kind == "leader":
-        names = generator.permutation(_lines_of_a_kind(generator))[: 2 + int(generator.integers(2))].tolist()
-        sums = [first, second, third][: len(names)]
-        work, best = running_extreme(sums, largest=True)
-        leader = names[sums.index(best)]
-        return f"{', '.join(named(names, sums))}. Which leads?", f"{', '.join(work)}, {leader}"
-    if kind == "where":
-        wanted = int(generator.integers(SIDE))
-        column = COLUMNS[values.index(values[wanted])]
-        return f"{', '.join(named(COLUMNS, values))}. Where is {values[wanted]}?", f"{column} column"
     if kind == "order":
         if generator.integers(2):
             values = sorted(values)
         work, answer = rising(values)
         return f"Do {_join(values)} increase?", f"{', '.join(work)}, {answer}"
-    return f"Is {first} even or odd?", f"{first} is {'odd' if first % 2 else 'even'}"
+    number = int(generator.integers(SIDE * 9 + 1))
+    return f"Is {number} even or odd?", f"{number} is {'odd' if number % 2 else 'even'}"
 
 
-def _lines_of_a_kind(generator: np.random.Generator) -> list[str]:
-    return LINES[:SIDE] if generator.integers(2) else LINES[SIDE:]
+def _places(generator: np.random.Generator) -> list[str]:
+    """Names that stand side by side in a question: rows, columns, or the places of a row."""
+    return (LINES[:SIDE], LINES[SIDE:], list(COLUMNS))[generator.integers(3)]
 
 
 def demonstration(generator: np.random.Generator) -> tuple[BoardQuestion, str, list[Step]]:
@@ -163,32 +166,55 @@ def spoil(steps: Sequence[Step], generator: np.random.Generator) -> list[Step]:
     return spoiled
 
 
-def _another_answer(question: BoardQuestion, generator: np.random.Generator) -> str:
-    """A wrong answer of the right kind: that of the same question family on other boards."""
-    while True:
-        if question.family == "read":
-            other = read_cell(random_digits(generator), generator)
-        else:
-            other = ask(generator, question.family)
-        if other.answer != question.answer:
-            return other.answer
+def misread(question: BoardQuestion, retell: Retell, generator: np.random.Generator) -> BoardQuestion:
+    """The question as one sees it who takes one of its digits for another: the working follows from that,
+    and so does the answer. The question itself where no other digit gives one."""
+    seen = [digit for _, line in question.plan.reads for digit in line]
+    for cell in generator.permutation(SIDE * SIDE):
+        digits = question.digits.copy()
+        digits.flat[cell] = (digits.flat[cell] + generator.integers(1, 10)) % 10
+        other = retell(digits)
+        if other and [digit for _, line in other.plan.reads for digit in line] != seen:
+            return other
+    return question
 
 
 def graded_paths(generator: np.random.Generator, most: int = 4) -> tuple[BoardQuestion, list[str], list[int]]:
-    """A question, one to `most` paths of mixed strategies, some spoiled or with another answer,
-    and the oracle's scores."""
-    question = any_question(generator)
+    """A question, one to `most` paths of mixed strategies, and the oracle's scores.
+
+    Of ten paths about four are true; four see a wrong digit and follow it; two have a slip in one step,
+    or end with the answer of another board.
+    """
+    question, retell = _retold_question(generator)
     paths, scores = [], []
     for _ in range(int(generator.integers(1, most + 1))):
-        steps = chain(question, str(generator.choice(STRATEGIES)))
-        for _ in range(int(generator.choice(3, p=[0.5, 0.35, 0.15]))):
+        strategy, fault = str(generator.choice(STRATEGIES)), generator.random()
+        steps = chain(misread(question, retell, generator) if fault < 0.4 else question, strategy)
+        if 0.4 <= fault < 0.5:
             steps = spoil(steps, generator)
-        if generator.random() < 0.3:
-            steps = [*steps[:-1], replace(steps[-1], content=_another_answer(question, generator))]
+        elif 0.5 <= fault < 0.6 and (other := retell(random_digits(generator))):
+            steps = [*steps[:-1], replace(steps[-1], content=other.answer)]
         right = steps[-1].content == question.answer
         scores.append(assess_path(steps, right, question.digits, question.text).score)
         paths.append(thoughts(steps))
     return question, paths, scores
+
+
+def _retold_question(generator: np.random.Generator) -> tuple[BoardQuestion, Retell]:
+    """A question of any family (one in eight a single read), and the same question about other digits."""
+    family = "read" if generator.random() < 1 / 8 else str(generator.choice(list(FAMILIES)))
+    if family == "order":
+        question = ask(generator, family)
+        return question, lambda digits: order_of(digits, question.plan.reads[0][0])
+    draw = int(generator.integers(2**32))
+
+    def retell(digits: Digits) -> BoardQuestion | None:
+        same = np.random.default_rng(draw)
+        return read_cell(digits, same) if family == "read" else ask_on(digits, same, family)
+
+    while (found := retell(random_digits(generator))) is None:
+        continue
+    return found, retell
 
 
 def _join(digits: Sequence[int]) -> str:

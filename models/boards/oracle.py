@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.boards.questions import DIAGONALS, LINES, condition_in, line_digits
+from models.boards.questions import CELLS, DIAGONALS, LINES, condition_in, line_digits
 from models.records import Step
 
-_READ = re.compile(rf"({'|'.join(LINES + DIAGONALS)})( backwards)? is ((?:\d ?)+)$")
+_READ = re.compile(rf"({'|'.join(LINES + DIAGONALS + CELLS)})( backwards)? is ((?:\d ?)+)$")
 _ARITHMETIC = re.compile(r"(\d{1,9}) ([+-]) (\d{1,9}) = (\d{1,9})$")
-_COMPARISON = re.compile(r"(\d{1,9}) to (\d{1,9}) (rises|falls|stays)$")
+_COMPARISON = re.compile(r"(?:[a-z ]+ )?(\d{1,9}) to (?:[a-z ]+ )?(\d{1,9}) (rises|falls|stays)$")
 _MEANING = re.compile(r"([a-z\d ]+) means ((?:\d ?)+)$")
 _TALLY = re.compile(r"((?:\d (?:yes|no) )+)makes (\d{1,9})$")
 _PARITY = re.compile(r"(\d{1,9}) is (even|odd)$")

@@ -4,7 +4,7 @@ and some arithmetic, and single reads.
     python -c "import numpy as np; from models.boards.questions import ask; \
         print(ask(np.random.default_rng(0)))"
 
-A read is one look at a line (a row, a column, a diagonal). Every family is
+A read is one look at a line (a row, a column, a diagonal) or at a cell. Every family is
 a function of a random generator that sets the digits it needs, and gives the text, the answer and the plan:
 what to look at and how to work it out.
 """
@@ -24,8 +24,10 @@ from models.boards.scans import SIDE
 Digits = NDArray[np.int64]
 
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+CELLS = [f"{row} {column}" for row in ROWS for column in COLUMNS]
 LINES = [f"{name} row" for name in ROWS] + [f"{name} column" for name in COLUMNS]
 DIAGONALS = ["falling diagonal", "rising diagonal"]
+EXTREMES = ("smallest", "largest")
 LIMITS = (3, 6)
 """Limits of the conditions "greater than" and "less than"."""
 
@@ -66,12 +68,14 @@ class Resample(Exception):
 
 def line_digits(digits: Digits, line: str) -> list[int]:
     """The digits along a line, left to right or top down. Lines: "top row", "left column", …,
-    "falling diagonal" (from the top left), "rising diagonal" (from the bottom left)."""
+    "falling diagonal" (from the top left), "rising diagonal" (from the bottom left), or one cell: "top left"."""
     if line == "falling diagonal":
         return [int(digits[i, i]) for i in range(SIDE)]
     if line == "rising diagonal":
         return [int(digits[SIDE - 1 - i, i]) for i in range(SIDE)]
     name, kind = line.split()
+    if kind in COLUMNS:
+        return [int(digits[ROWS.index(name), COLUMNS.index(kind)])]
     values = digits[ROWS.index(name)] if kind == "row" else digits[:, COLUMNS.index(name)]
     return [int(d) for d in values]
 
@@ -112,15 +116,19 @@ def _sum_diagonal(digits: Digits, generator: np.random.Generator) -> BoardQuesti
     return BoardQuestion("sum_diagonal", f"What is the sum of the {line}?", str(sum(values)), digits, plan)
 
 
+def _summed(lines: list[tuple[str, list[int]]], close: list[str]) -> Plan:
+    """Lines read and summed one by one; what each has is said after its sum and once more before the close."""
+    has = named([line for line, _ in lines], [sum(values) for _, values in lines])
+    work = [[*running_sum(values), said] for (_, values), said in zip(lines, has, strict=True)]
+    return Plan(lines, work, has + close)
+
+
 def _difference(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     first, second = _two_lines(generator)
     one, two = line_digits(digits, first), line_digits(digits, second)
     high, low = max(sum(one), sum(two)), min(sum(one), sum(two))
-    plan = Plan(
-        [(first, one), (second, two)],
-        [running_sum(one), running_sum(two)],
-        [step_between(sum(one), sum(two)), f"{high} - {low} = {high - low}"],
-    )
+    taken = [step_between(sum(one), sum(two)), f"{high} - {low} = {high - low}"]
+    plan = _summed([(first, one), (second, two)], taken)
     text = f"What is the difference between the sums of the {first} and the {second}?"
     return BoardQuestion("difference", text, str(high - low), digits, plan)
 
@@ -131,11 +139,8 @@ def _compare(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     if sum(one) == sum(two):
         raise Resample
     answer = first if sum(one) > sum(two) else second
-    plan = Plan(
-        [(first, one), (second, two)],
-        [running_sum(one), running_sum(two)],
-        [*named([first, second], [sum(one), sum(two)]), *running_extreme([sum(one), sum(two)], True)[0]],
-    )
+    leading, _ = running_extreme([sum(one), sum(two)], "largest", [first, second])
+    plan = _summed([(first, one), (second, two)], leading)
     return BoardQuestion(
         "compare", f"Which has the larger sum, the {first} or the {second}?", answer, digits, plan
     )
@@ -179,21 +184,21 @@ def tally(values: list[int], holds: Callable[[int], bool]) -> str:
     return f"{said} makes {sum(verdicts)}"
 
 
-def _counting(
-    lines: list[tuple[str, list[int]]], holds: Callable[[int], bool]
-) -> tuple[list[list[str]], list[str], int]:
-    """Working of a count over lines: a verdict for every digit, a running total at the end."""
-    work = [[tally(values, holds)] for _, values in lines]
+def _counted(
+    lines: list[tuple[str, list[int]]], phrase: str, holds: Callable[[int], bool]
+) -> tuple[Plan, int]:
+    """A count over lines: a verdict for every digit, what each line has, the total at the end."""
     counts = [sum(map(holds, values)) for _, values in lines]
-    return work, running_sum(counts) if len(counts) > 1 else [], sum(counts)
+    has = named([line for line, _ in lines], counts)
+    work = [[tally(values, holds), said] for (_, values), said in zip(lines, has, strict=True)]
+    return Plan(lines, work, has + running_sum(counts), [meaning(phrase, holds)]), sum(counts)
 
 
 def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     first, second = _two_lines(generator)
     phrase, holds = condition(generator)
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
-    work, close, total = _counting(lines, holds)
-    plan = Plan(lines, work, close, [meaning(phrase, holds)])
+    plan, total = _counted(lines, phrase, holds)
     text = f"How many digits in the {first} and the {second} are {phrase}?"
     return BoardQuestion("count_lines", text, str(total), digits, plan)
 
@@ -201,8 +206,7 @@ def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestio
 def _count_board(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     phrase, holds = condition(generator)
     lines = [(line, line_digits(digits, line)) for line in _of_kind("row")]
-    work, close, total = _counting(lines, holds)
-    plan = Plan(lines, work, close, [meaning(phrase, holds)])
+    plan, total = _counted(lines, phrase, holds)
     return BoardQuestion("count_board", f"How many digits are {phrase}?", str(total), digits, plan)
 
 
@@ -216,8 +220,7 @@ def _two_conditions(digits: Digits, generator: np.random.Generator) -> BoardQues
     first, second = _two_lines(generator)
     phrase, holds = two_conditions(generator)
     lines = [(line, line_digits(digits, line)) for line in (first, second)]
-    work, close, total = _counting(lines, holds)
-    plan = Plan(lines, work, close, [meaning(phrase, holds)])
+    plan, total = _counted(lines, phrase, holds)
     text = f"How many digits in the {first} and the {second} are {phrase}?"
     return BoardQuestion("two_conditions", text, str(total), digits, plan)
 
@@ -227,13 +230,22 @@ def step_between(first: int, second: int) -> str:
     return f"{first} to {second} {'rises' if first < second else 'falls' if first > second else 'stays'}"
 
 
-def running_extreme(values: list[int], largest: bool) -> tuple[list[str], int]:
-    """Statements of a running comparison, the leader after each, and the largest (smallest) value."""
-    best, statements = values[0], []
-    for value in values[1:]:
-        statements.append(step_between(best, value))
-        best = max(best, value) if largest else min(best, value)
-        statements.append(f"{best} leads")
+def running_extreme(values: Sequence[int], word: str, names: Sequence[str] = ()) -> tuple[list[str], int]:
+    """Statements of a running comparison and the index of the largest (smallest) value, the first of equals.
+
+    word: "largest" or "smallest"; with names they stand beside their values, and the name is what is found:
+    "top row 9 to middle row 13 rises, largest is middle row" (without: "9 to 13 rises, largest is 13").
+    """
+    best, statements = 0, []
+    for index in range(1, len(values)):
+        if names:
+            verdict = step_between(values[best], values[index]).split()[-1]
+            said = f"{names[best]} {values[best]} to {names[index]} {values[index]} {verdict}"
+        else:
+            said = step_between(values[best], values[index])
+        ahead = values[index] > values[best] if word == "largest" else values[index] < values[best]
+        best = index if ahead else best
+        statements += [said, f"{word} is {names[best] if names else values[best]}"]
     return statements, best
 
 
@@ -243,23 +255,22 @@ def named(names: Sequence[str], values: Sequence[int]) -> list[str]:
 
 
 def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
-    line, largest = _line(generator), bool(generator.integers(2))
+    line, word = _line(generator), EXTREMES[generator.integers(2)]
     values = line_digits(digits, line)
-    work, best = running_extreme(values, largest)
-    word = "largest" if largest else "smallest"
+    work, best = running_extreme(values, word)
     plan = Plan([(line, values)], [work], [])
-    return BoardQuestion("largest", f"What is the {word} digit in the {line}?", str(best), digits, plan)
+    return BoardQuestion("largest", f"What is the {word} digit in the {line}?", str(values[best]), digits, plan)
 
 
 def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
-    line, largest = str(generator.choice(_of_kind("row"))), bool(generator.integers(2))
+    line, word = str(generator.choice(_of_kind("row"))), EXTREMES[generator.integers(2)]
     values = line_digits(digits, line)
-    work, best = running_extreme(values, largest)
-    if values.count(best) > 1:
+    leading, best = running_extreme(values, word, COLUMNS)
+    if values.count(values[best]) > 1:
         raise Resample
-    answer, word = f"{COLUMNS[values.index(best)]} column", "largest" if largest else "smallest"
-    plan = Plan([(line, values)], [work], named(COLUMNS, values))
-    return BoardQuestion("where", f"In which column of the {line} is the {word} digit?", answer, digits, plan)
+    plan = Plan([(line, values)], [named(COLUMNS, values)], leading)
+    text = f"In which column of the {line} is the {word} digit?"
+    return BoardQuestion("where", text, f"{COLUMNS[best]} column", digits, plan)
 
 
 def _parity(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
@@ -288,9 +299,14 @@ def _order(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
             digits[ROWS.index(name)] = ordered
         else:
             digits[:, COLUMNS.index(name)] = ordered
+    return order_of(digits, line)
+
+
+def order_of(digits: Digits, line: str) -> BoardQuestion:
+    """Whether the digits of the named line increase, on any board."""
     values = line_digits(digits, line)
     (*work, verdict), answer = rising(values)
-    plan = Plan([(line, values)], [work], [verdict])
+    plan = Plan([(line, values)], [work], [verdict, answer])
     return BoardQuestion("order", f"Do the digits of the {line} increase?", answer, digits, plan)
 
 
@@ -298,13 +314,11 @@ def _largest_line(digits: Digits, generator: np.random.Generator) -> BoardQuesti
     kind = str(generator.choice(["row", "column"]))
     lines = [(line, line_digits(digits, line)) for line in _of_kind(kind)]
     sums = [sum(values) for _, values in lines]
-    close, best = running_extreme(sums, largest=True)
-    if sums.count(best) > 1:
+    leading, best = running_extreme(sums, "largest", [line for line, _ in lines])
+    if sums.count(sums[best]) > 1:
         raise Resample
-    answer = lines[sums.index(best)][0]
-    close = named([line for line, _ in lines], sums) + close
-    plan = Plan(lines, [running_sum(values) for _, values in lines], close)
-    return BoardQuestion("largest_line", f"Which {kind} has the largest sum?", answer, digits, plan)
+    text = f"Which {kind} has the largest sum?"
+    return BoardQuestion("largest_line", text, lines[best][0], digits, _summed(lines, leading))
 
 
 FAMILIES: dict[str, Callable[[Digits, np.random.Generator], BoardQuestion]] = {
@@ -350,7 +364,6 @@ def ask_on(digits: Digits, generator: np.random.Generator, family: str) -> Board
 def read_cell(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     """A single read (perception): one cell."""
     row, column = (int(x) for x in generator.integers(SIDE, size=2))
-    line, answer = f"{ROWS[row]} row", str(int(digits[row, column]))
-    plan = Plan([(line, line_digits(digits, line))], [[f"{COLUMNS[column]} is {answer}"]], [])
-    text = f"Which digit is at the {ROWS[row]} {COLUMNS[column]}?"
-    return BoardQuestion("read", text, answer, digits, plan)
+    cell, digit = f"{ROWS[row]} {COLUMNS[column]}", int(digits[row, column])
+    plan = Plan([(cell, [digit])], [[]], [])
+    return BoardQuestion("read", f"Which digit is at the {cell}?", str(digit), digits, plan)

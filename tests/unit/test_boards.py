@@ -12,7 +12,7 @@ import pytest
 
 from models.answers import matches
 from models.boards.chains import STRATEGIES, TERSENESS, chain, strategy_shares
-from models.boards.lessons import graded_paths, spoil, turns
+from models.boards.lessons import graded_paths, misread, spoil, turns
 from models.boards.oracle import assess_path, check_claim, claims
 from models.boards.questions import (
     FAMILIES,
@@ -21,6 +21,7 @@ from models.boards.questions import (
     ask,
     ask_on,
     condition_in,
+    order_of,
     random_digits,
     read_cell,
 )
@@ -196,11 +197,15 @@ def test_care_pays_a_higher_score_and_a_wrong_answer_less() -> None:
         ("top row is 358", False),
         ("lower row is 6 7 2", None),
         ("left column is 3 4 6", True),
+        ("middle right is 1", True),
+        ("bottom left is 7", False),
         ("rising diagonal is 6 0 8", True),
         ("3 + 5 = 9", False),
         ("5 - 3 = 2", True),
         ("3 to 5 rises", True),
         ("3 to 5 falls", False),
+        ("top row 16 to middle row 5 falls", True),
+        ("left 3 to centre 5 falls", False),
         ("greater than 6 means 7 8 9", True),
         ("even and greater than 3 means 4 6", False),
         ("love means 7", False),
@@ -244,6 +249,29 @@ def test_graded_paths_can_be_read_back() -> None:
             steps = parse_thoughts(path)
             right = steps[-1].content == question.answer
             assert assess_path(steps, right, question.digits, question.text).score == score
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_a_misread_digit_is_followed_to_the_end(family: str) -> None:
+    generator, changed = np.random.default_rng(4), 0
+
+    def retell(digits: Digits) -> BoardQuestion | None:
+        same = np.random.default_rng(7)
+        if family == "read":
+            return read_cell(digits, same)
+        return order_of(digits, "top row") if family == "order" else ask_on(digits, same, family)
+
+    while changed < 10:
+        if not (question := retell(random_digits(generator))):
+            continue
+        seen = misread(question, retell, generator)
+        assert seen.text == question.text and seen.plan.reads != question.plan.reads
+        assert (seen.digits != question.digits).sum() == 1
+        assert seen.answer == solve(question.text, seen.digits.tolist())
+        right = seen.answer == question.answer
+        verdict = assess_path(chain(seen, "detailed"), right, question.digits, question.text)
+        assert verdict.wrong == 1, "one read is false, what follows from it is not"
+        changed += 1
 
 
 def test_spoil_leaves_a_chain_without_digits_alone() -> None:
