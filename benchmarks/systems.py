@@ -3,8 +3,8 @@
     python -m benchmarks.systems direct_sft         # or multi_turn, summary_only; in the checkout's root
 
 direct_sft: one model writes reasoning and answer in one go. multi_turn: one model reasons in one turn and
-answers in the next. Both start from the base and learn from the reasoning set, with the budget of
-`reasoning_sft`. summary_only: the summary agent answers without being given any reasoning.
+answers in the next. Both start from the base and learn from the reasoning set, with the budget and the share
+of general conversations of `reasoning_sft`. summary_only: the summary agent answers without being given any reasoning.
 Writes .work/ablation-systems/<system>/<key>/predictions.jsonl; the key is made of all that went in, so a
 finished system is not made again, and a killed one continues from its last trainer checkpoint.
 """
@@ -33,9 +33,9 @@ TRAINED = ("direct_sft", "multi_turn")
 SYSTEMS = (*TRAINED, "summary_only")
 OUT = Path(".work/ablation-systems")
 BASE, CURATED = Path("artifacts/foundation/base"), Path("artifacts/curate/reasoning.jsonl")
-SUMMARY = Path("artifacts/summary_sft/checkpoint")
+SUMMARY, INSTRUCT = Path("artifacts/summary_sft/checkpoint"), Path("artifacts/instruct")
 ENGINES = ("engines/base", "engines/local")
-CODE = ("agents", "answers", "images", "reasoning", "records", "training", "vlm", *ENGINES)
+CODE = ("agents", "answers", "images", "mimicit", "reasoning", "records", "training", "vlm", *ENGINES)
 
 
 def conversations(
@@ -129,7 +129,7 @@ def folder(system: str, code: Path = ROOT) -> Path:
     inputs: list[str | Path] = ["data", SUMMARY]
     sections = ["evaluate"]
     if system in TRAINED:
-        inputs, sections = ["data", BASE, CURATED], ["evaluate", "reasoning_sft", "seed"]
+        inputs, sections = ["data", BASE, CURATED, INSTRUCT], ["evaluate", "reasoning_sft", "seed"]
     obeyed = params.read()
     parts = {
         "inputs": {str(path): fingerprint(path) for path in inputs},
@@ -153,6 +153,8 @@ def predictions_file(system: str, code: Path = ROOT) -> Path:
 
 def train(system: str, home: Path) -> Path:
     """The checkpoint of a trained system; it appears whole."""
+    from models.images import data_and_instruct_images
+    from models.mimicit import general_conversations
     from models.records import read_paths, read_questions
     from models.training import train_sft
     from models.vlm import load, save
@@ -166,11 +168,13 @@ def train(system: str, home: Path) -> Path:
     p = params.load("reasoning_sft", reasoning_sft.Params)
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     rows = conversations(system, p.prompts, questions, read_paths(CURATED))
+    rows += general_conversations(INSTRUCT, round(p.general * len(rows)), params.seed())
+    images = data_and_instruct_images(roles.DATA, INSTRUCT)
     model, processor = load(BASE)
     unrecorded = StageRun(system, home, home, None)
     with training_report(unrecorded, system) as report:
         train_sft(
-            model, processor, rows, p.budget, home / "steps", params.seed(), images=roles.DATA, report=report
+            model, processor, rows, p.budget, home / "steps", params.seed(), images=images, report=report
         )
     shutil.rmtree(part, ignore_errors=True)
     save(model, processor, part)

@@ -20,11 +20,11 @@ every read worked out; checked: and once more (a single read is not read twice).
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.65,
-    "compare": 0.65,
+    "where": 0.50,
+    "compare": 0.55,
     "count_board": 0.50,
-    "order": 0.65,
-    "parity": 0.65,
+    "order": 0.55,
+    "parity": 0.55,
     "largest": 0.50,
     "sum_line": 0.40,
     "two_conditions": 0.45,
@@ -63,10 +63,7 @@ def chain(question: BoardQuestion, strategy: str) -> list[Step]:
         parts = [("Read", _reads(question))]
     elif strategy in ("detailed", "checked"):
         parts = [("Mean", ", ".join(plan.opening))] if plan.opening else []
-        for (line, digits), work in zip(plan.reads, plan.work, strict=True):
-            parts.append(("Read", f"{line} is {_join(digits)}"))
-            if work:
-                parts.append(("Work", ", ".join(work)))
+        parts += _read_and_worked(question) if any(plan.work) else [("Read", _reads(question))]
         if plan.close:
             parts.append(("Join", ", ".join(plan.close)))
         if strategy == "checked" and question.family != "read":
@@ -79,6 +76,13 @@ def chain(question: BoardQuestion, strategy: str) -> list[Step]:
         Step(title, content, "final_answer" if i == last else "continue")
         for i, (title, content) in enumerate(parts)
     ]
+
+
+def _read_and_worked(question: BoardQuestion) -> list[tuple[str, str]]:
+    parts = []
+    for (line, digits), work in zip(question.plan.reads, question.plan.work, strict=True):
+        parts += [("Read", f"{line} is {_join(digits)}"), ("Work", ", ".join(work))]
+    return parts
 
 
 def _join(digits: list[int]) -> str:
@@ -95,7 +99,7 @@ def _second_route(question: BoardQuestion) -> str:
     parts = []
     for (line, digits), work in zip(question.plan.reads, question.plan.work, strict=True):
         back = digits[::-1]
-        parts.append(f"{line} backwards is {_join(back)}")
+        parts.append(f"{line} backwards is {_join(back)}" if len(back) > 1 else f"{line} is {_join(back)}")
         if "+" in " ".join(work):
             parts.extend(running_sum(back))
     result = (question.plan.close or question.plan.work[-1])[-1]

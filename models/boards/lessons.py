@@ -21,6 +21,7 @@ from models.boards.questions import (
     EXTREMES,
     FAMILIES,
     LINES,
+    ROWS,
     BoardQuestion,
     Digits,
     ask,
@@ -48,13 +49,13 @@ Retell = Callable[[Digits], BoardQuestion | None]
 """The same question about other digits; None where they give none."""
 
 DRILLS = {
-    "add": 0.22,
-    "take": 0.22,
+    "add": 0.28,
+    "take": 0.14,
     "extreme": 0.10,
-    "leader": 0.18,
-    "order": 0.05,
-    "count": 0.14,
-    "parity": 0.09,
+    "leader": 0.16,
+    "order": 0.04,
+    "count": 0.18,
+    "parity": 0.10,
 }
 """Share of each kind of drill."""
 
@@ -85,8 +86,13 @@ def turns(
 
 
 def _read_line(digits: Digits, generator: np.random.Generator) -> tuple[str, str]:
-    line = str(generator.choice(CELLS if generator.random() < 0.2 else LINES + DIAGONALS))
-    back = " backwards" if line not in CELLS and generator.random() < 0.25 else ""
+    if generator.random() < 0.15:
+        row = ROWS[generator.integers(SIDE)]
+        cells = [f"{row} {column}" for column in COLUMNS]
+        said = ", ".join(f"{cell} is {_join(line_digits(digits, cell))}" for cell in cells)
+        return f"Read the {row} row cell by cell.", said
+    line = str(generator.choice(LINES + DIAGONALS))
+    back = " backwards" if generator.random() < 0.25 else ""
     return (
         f"Read the {line}{back}.",
         f"{line}{back} is {_join(line_digits(digits, line)[:: -1 if back else 1])}",
@@ -128,8 +134,8 @@ def drill(generator: np.random.Generator) -> tuple[str, str]:
 
 
 def _places(generator: np.random.Generator) -> list[str]:
-    """Names that stand side by side in a question: rows, columns, or the places of a row."""
-    return (LINES[:SIDE], LINES[SIDE:], list(COLUMNS))[generator.integers(3)]
+    """Names that stand side by side in a question: rows, columns, or cells of a row."""
+    return (LINES[:SIDE], LINES[SIDE:], CELLS[:SIDE])[generator.integers(3)]
 
 
 def demonstration(generator: np.random.Generator) -> tuple[BoardQuestion, str, list[Step]]:

@@ -81,6 +81,6 @@ def assess_path(steps: Sequence[Step], answer_right: bool, digits: np.ndarray, q
     checked = [result for result in results if result is not None]
     wrong = checked.count(False)
     titles = {step.title for step in steps}
-    ceiling = 95 if "Check" in titles else 85 if "Work" in titles else 55 if "Read" in titles else 20
+    ceiling = 95 if "Check" in titles else 85 if titles & {"Work", "Join"} else 55 if "Read" in titles else 20
     score = ceiling - 30 * wrong - (0 if answer_right else 40)
     return Verdict(len(checked), wrong, max(1, min(100, score)))

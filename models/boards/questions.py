@@ -41,7 +41,7 @@ class Plan:
     """How to answer: the opening statements, the lines to read, the working after each line, and the
     closing working.
 
-    opening: what the condition means; reads: (line name, its digits); work: for each read, statements such as
+    opening: what is asked for, what the condition means; reads: (line name, its digits); work: for each read, statements such as
     "3 + 5 = 8"; close: statements that join the lines.
     """
 
@@ -117,10 +117,14 @@ def _sum_diagonal(digits: Digits, generator: np.random.Generator) -> BoardQuesti
 
 
 def _summed(lines: list[tuple[str, list[int]]], close: list[str]) -> Plan:
-    """Lines read and summed one by one; what each has is said after its sum and once more before the close."""
+    """Lines named, then read and summed one by one; what each has is said after its sum and before the close."""
     has = named([line for line, _ in lines], [sum(values) for _, values in lines])
     work = [[*running_sum(values), said] for (_, values), said in zip(lines, has, strict=True)]
-    return Plan(lines, work, has + close)
+    return Plan(lines, work, has + close, [_all_of(lines)])
+
+
+def _all_of(lines: list[tuple[str, list[int]]]) -> str:
+    return " and ".join(line for line, _ in lines)
 
 
 def _difference(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
@@ -191,7 +195,8 @@ def _counted(
     counts = [sum(map(holds, values)) for _, values in lines]
     has = named([line for line, _ in lines], counts)
     work = [[tally(values, holds), said] for (_, values), said in zip(lines, has, strict=True)]
-    return Plan(lines, work, has + running_sum(counts), [meaning(phrase, holds)]), sum(counts)
+    opening = [_all_of(lines), meaning(phrase, holds)]
+    return Plan(lines, work, has + running_sum(counts), opening), sum(counts)
 
 
 def _count_lines(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
@@ -258,17 +263,19 @@ def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     line, word = _line(generator), EXTREMES[generator.integers(2)]
     values = line_digits(digits, line)
     work, best = running_extreme(values, word)
-    plan = Plan([(line, values)], [work], [])
+    plan = Plan([(line, values)], [work], [], [f"{word} of {line}"])
     return BoardQuestion("largest", f"What is the {word} digit in the {line}?", str(values[best]), digits, plan)
 
 
 def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     line, word = str(generator.choice(_of_kind("row"))), EXTREMES[generator.integers(2)]
     values = line_digits(digits, line)
-    leading, best = running_extreme(values, word, COLUMNS)
+    cells = [f"{line.split()[0]} {column}" for column in COLUMNS]
+    leading, best = running_extreme(values, word, cells)
     if values.count(values[best]) > 1:
         raise Resample
-    plan = Plan([(line, values)], [named(COLUMNS, values)], leading)
+    reads = [(cell, [value]) for cell, value in zip(cells, values, strict=True)]
+    plan = Plan(reads, [[] for _ in reads], leading, [f"{word} of {line}"])
     text = f"In which column of the {line} is the {word} digit?"
     return BoardQuestion("where", text, f"{COLUMNS[best]} column", digits, plan)
 
