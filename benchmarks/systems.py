@@ -4,7 +4,8 @@
 
 direct_sft: one model writes reasoning and answer in one go. multi_turn: one model reasons in one turn and
 answers in the next. Both start from the base and learn from the reasoning set, with the budget and the share
-of general conversations of `reasoning_sft`. summary_only: the summary agent answers without being given any reasoning.
+of general conversations of `reasoning_sft`. summary_only: the summary agent answers without being given any
+reasoning.
 Writes .work/ablation-systems/<system>/<key>/predictions.jsonl; the key is made of all that went in, so a
 finished system is not made again, and a killed one continues from its last trainer checkpoint.
 """

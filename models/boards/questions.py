@@ -41,8 +41,8 @@ class Plan:
     """How to answer: the opening statements, the lines to read, the working after each line, and the
     closing working.
 
-    opening: what is asked for, what the condition means; reads: (line name, its digits); work: for each read, statements such as
-    "3 + 5 = 8"; close: statements that join the lines.
+    opening: what is asked for, what the condition means; reads: (line name, its digits); work: for each read,
+    statements such as "3 + 5 = 8"; close: statements that join the lines, the answer in the last.
     """
 
     reads: list[tuple[str, list[int]]]
@@ -68,7 +68,7 @@ class Resample(Exception):
 
 def line_digits(digits: Digits, line: str) -> list[int]:
     """The digits along a line, left to right or top down. Lines: "top row", "left column", …,
-    "falling diagonal" (from the top left), "rising diagonal" (from the bottom left), or one cell: "top left"."""
+    "falling diagonal" (from the top left), "rising diagonal" (from the bottom left), or a cell: "top left"."""
     if line == "falling diagonal":
         return [int(digits[i, i]) for i in range(SIDE)]
     if line == "rising diagonal":
@@ -117,7 +117,7 @@ def _sum_diagonal(digits: Digits, generator: np.random.Generator) -> BoardQuesti
 
 
 def _summed(lines: list[tuple[str, list[int]]], close: list[str]) -> Plan:
-    """Lines named, then read and summed one by one; what each has is said after its sum and before the close."""
+    """Lines named, then read and summed one by one; what each has is said after its sum and in the close."""
     has = named([line for line, _ in lines], [sum(values) for _, values in lines])
     work = [[*running_sum(values), said] for (_, values), said in zip(lines, has, strict=True)]
     return Plan(lines, work, has + close, [_all_of(lines)])
@@ -264,7 +264,8 @@ def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     values = line_digits(digits, line)
     work, best = running_extreme(values, word)
     plan = Plan([(line, values)], [work], [], [f"{word} of {line}"])
-    return BoardQuestion("largest", f"What is the {word} digit in the {line}?", str(values[best]), digits, plan)
+    text = f"What is the {word} digit in the {line}?"
+    return BoardQuestion("largest", text, str(values[best]), digits, plan)
 
 
 def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,15 @@ import pytest
 
 from models.muon import orthogonalised
 from models.preference import PreferenceExample, PreferenceLoss, train_preference
-from models.training import Budget, Guard, LengthBuckets, TrainingError, arguments, train_sft
+from models.training import (
+    Budget,
+    Guard,
+    LengthBuckets,
+    TrainingError,
+    arguments,
+    bucketed,
+    train_sft,
+)
 from models.vlm import Conversation
 from tests.support.tiny_vlm import lessons, picture
 
@@ -348,3 +357,22 @@ def test_batches_hold_rows_of_like_length_and_every_epoch_has_its_own_order() ->
     assert second != first and list(sampler) == second
     sampler.set_epoch(0)
     assert list(sampler) == first
+
+
+def test_a_batch_of_short_rows_weighs_its_tokens_as_any_other() -> None:
+    """The loss of a batch is divided by the tokens to be expected of its rows, not by its own."""
+    import torch
+
+    class Plain:
+        args = SimpleNamespace(average_tokens_across_devices=False)
+        accelerator = SimpleNamespace(num_processes=1)
+
+        def get_batch_samples(self, batches: list[Any]) -> tuple[list[Any], Any]:
+            return batches, torch.tensor(sum(int((b["labels"] != -100).sum()) for b in batches))
+
+    labels = torch.tensor([[-100, 1, 2, 3, 4], [-100, -100, 1, 2, 3]])
+    batch = {"input_ids": torch.zeros(2, 5), "labels": labels}
+    assert bucketed(Plain)().get_batch_samples([batch])[1] == 7
+    calibrated = bucketed(Plain, tokens_per_row=40.0)()
+    assert calibrated.get_batch_samples([batch])[1] == 80
+    assert calibrated.get_batch_samples([batch, batch])[1] == 160
