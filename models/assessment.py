@@ -41,7 +41,7 @@ class ModelJudge:
         self.engine, self.prompts, self.max_new_tokens = engine, prompts, max_new_tokens
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
-        """Greedy; a reply must be a JSON list of as many integers as there are paths."""
+        """Greedy; a reply must be a JSON object with one integer for each path's number."""
         prompts = [
             judge_prompt(self.prompts, question, [p.text for p in paths]) for question, paths in groups
         ]
@@ -61,23 +61,34 @@ class RuleJudge:
 
 
 def judge_prompt(prompts: str, question: Question, paths: Sequence[str]) -> Conversation:
-    """The judge's prompt: numbered paths, image first."""
-    listed = "\n".join(f"{number}. {text}" for number, text in enumerate(paths, start=1))
+    """The judge's prompt: image first, every path between its number and its number again."""
+    listed = "\n".join(f"{number}. {text} ({number})" for number, text in enumerate(paths, start=1))
     text = fill(prompts, "scores", question=question.question, truth=question.answer, paths=listed)
     return Conversation(question.images, [(text, "")])
 
 
+def scores_json(scores: Sequence[int]) -> str:
+    """Scores in the order of the paths, as the judge replies: {"1": 85, "2": 15}."""
+    return json.dumps({str(number): score for number, score in enumerate(scores, start=1)})
+
+
 def parse_scores(text: str, count: int) -> Scores:
-    """A JSON list of exactly `count` integers 1-100, or None."""
+    """The integers 1-100 of a JSON object with each key "1" to `count` once, in the order of the paths.
+
+    None for anything else.
+    """
     try:
-        values = json.loads(text.strip())
+        pairs = json.loads(text.strip(), object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(values, list) or len(values) != count:
+    numbers = [str(number) for number in range(1, count + 1)]
+    if not isinstance(pairs, tuple) or sorted(name for name, _ in pairs) != sorted(numbers):
         return None
-    if not all(type(value) is int and 1 <= value <= 100 for value in values):
+    values = dict(pairs)
+    scores = [values[number] for number in numbers]
+    if not all(type(score) is int and 1 <= score <= 100 for score in scores):
         return None
-    return values
+    return scores
 
 
 def filter_answers(

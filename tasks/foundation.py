@@ -150,7 +150,7 @@ def _protocol(instruct: Path, prompts: str) -> list[Any]:
 
 def _texts(instruct: Path, prompts: str) -> list[str]:
     """Everything the embedded model will read or write, for its tokenizer."""
-    from models.assessment import judge_prompt
+    from models.assessment import judge_prompt, scores_json
     from models.mimicit import general_conversations
     from models.prompts import ROLES, prompt
     from models.records import Question, read_jsonl
@@ -160,7 +160,7 @@ def _texts(instruct: Path, prompts: str) -> list[str]:
     texts += [text for c in _protocol(instruct, prompts)[:2000] for turn in c.turns for text in turn]
     for row in list(read_jsonl(instruct / "graded.jsonl"))[:500]:
         question = Question("", [], row["question"], row["answer"])
-        texts += [judge_prompt(prompts, question, row["paths"]).turns[0][0], str(row["scores"])]
+        texts += [judge_prompt(prompts, question, row["paths"]).turns[0][0], scores_json(row["scores"])]
     return texts
 
 

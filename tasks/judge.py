@@ -2,8 +2,9 @@
 
     python -m tasks.judge
 
-`kind: model` with `train: true` (embedded) trains the generator further on graded paths;
-without, the generator judges as it is. `kind: rules` scores verifiable answers without a model.
+`kind: model` with `train: true` (embedded) trains the generator further on graded paths, and on the verdicts
+of their answers (what the answer filter may ask a model); without, the generator judges as it is.
+`kind: rules` scores verifiable answers without a model.
 Where data/ is annotated, the judge's agreement with the oracle is measured on validation boards.
 """
 
@@ -62,27 +63,30 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
 def _train(
     model: Any, processor: Any, p: Params, seed: int, instruct: Path, stage: StageRun
 ) -> dict[str, float]:
-    from models.assessment import judge_prompt
-    from models.records import Question, read_jsonl
     from models.training import train_sft
+
+    lessons, steps, images = _lessons(p.prompts, instruct), stage.scratch / "steps", _images(instruct)
+    with training_report(stage, "judge") as report:
+        return train_sft(model, processor, lessons, p.budget, steps, seed, images, report)
+
+
+def _lessons(prompts: str, instruct: Path) -> list[Any]:
+    """For every graded question its paths with their scores, for every path whether its answer is right."""
+    from models.assessment import judge_prompt, scores_json
+    from models.prompts import fill
+    from models.reasoning import parse_thoughts
+    from models.records import Question, read_jsonl
     from models.vlm import Conversation
 
-    conversations = []
+    lessons = []
     for row in read_jsonl(instruct / "graded.jsonl"):
         question = Question("", [row["image"]], row["question"], row["answer"])
-        asked = judge_prompt(p.prompts, question, row["paths"]).turns[0][0]
-        conversations.append(Conversation([row["image"]], [(asked, str(row["scores"]))]))
-    with training_report(stage, "judge") as report:
-        return train_sft(
-            model,
-            processor,
-            conversations,
-            p.budget,
-            stage.scratch / "steps",
-            seed,
-            _images(instruct),
-            report,
-        )
+        asked = judge_prompt(prompts, question, row["paths"]).turns[0][0]
+        lessons.append(Conversation([row["image"]], [(asked, scores_json(row["scores"]))]))
+        for said in [parse_thoughts(path)[-1].content for path in row["paths"]]:
+            text = fill(prompts, "verdict", question=question.question, truth=question.answer, answer=said)
+            lessons.append(Conversation([], [(text, "1" if said == question.answer else "0")]))
+    return lessons
 
 
 def _images(instruct: Path) -> Any:

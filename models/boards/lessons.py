@@ -15,7 +15,6 @@ import numpy as np
 from models.boards.chains import STRATEGIES, chain, pick_strategy
 from models.boards.oracle import assess_path
 from models.boards.questions import (
-    CELLS,
     COLUMNS,
     DIAGONALS,
     EXTREMES,
@@ -134,8 +133,8 @@ def drill(generator: np.random.Generator) -> tuple[str, str]:
 
 
 def _places(generator: np.random.Generator) -> list[str]:
-    """Names that stand side by side in a question: rows, columns, or cells of a row."""
-    return (LINES[:SIDE], LINES[SIDE:], CELLS[:SIDE])[generator.integers(3)]
+    """Names that stand side by side in a question: rows, columns, or the places of a row."""
+    return (LINES[:SIDE], LINES[SIDE:], list(COLUMNS))[generator.integers(3)]
 
 
 def demonstration(generator: np.random.Generator) -> tuple[BoardQuestion, str, list[Step]]:

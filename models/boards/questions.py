@@ -67,8 +67,8 @@ class Resample(Exception):
 
 
 def line_digits(digits: Digits, line: str) -> list[int]:
-    """The digits along a line, left to right or top down. Lines: "top row", "left column", …,
-    "falling diagonal" (from the top left), "rising diagonal" (from the bottom left), or a cell: "top left"."""
+    """The digits along a line, left to right or top down. Lines: "top row", "left column", …
+    "falling diagonal" (from the top left), "rising diagonal" (from the bottom left); a cell: "top left"."""
     if line == "falling diagonal":
         return [int(digits[i, i]) for i in range(SIDE)]
     if line == "rising diagonal":
@@ -271,10 +271,10 @@ def _largest(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
 def _where(digits: Digits, generator: np.random.Generator) -> BoardQuestion:
     line, word = str(generator.choice(_of_kind("row"))), EXTREMES[generator.integers(2)]
     values = line_digits(digits, line)
-    cells = [f"{line.split()[0]} {column}" for column in COLUMNS]
-    leading, best = running_extreme(values, word, cells)
+    leading, best = running_extreme(values, word, COLUMNS)
     if values.count(values[best]) > 1:
         raise Resample
+    cells = [f"{line.split()[0]} {column}" for column in COLUMNS]
     reads = [(cell, [value]) for cell, value in zip(cells, values, strict=True)]
     plan = Plan(reads, [[] for _ in reads], leading, [f"{word} of {line}"])
     text = f"In which column of the {line} is the {word} digit?"

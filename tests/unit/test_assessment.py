@@ -14,6 +14,7 @@ from models.assessment import (
     parse_scores,
     parse_verdict,
     score_paths,
+    scores_json,
 )
 from models.engines.base import Sampling
 from models.engines.fake import FakeEngine
@@ -33,30 +34,35 @@ def path(question: Question, sample: int = 0, answer: str = "16", steps: int = 1
 @pytest.mark.parametrize(
     ("text", "scores"),
     [
-        ("[1, 100]", [1, 100]),
-        (" [55,20]\n", [55, 20]),
-        ("[50]", None),
-        ("[50, 60, 70]", None),
-        ("[0, 50]", None),
-        ("[101, 50]", None),
-        ("[-5, 50]", None),
-        ("[50.0, 60]", None),
-        ('["50", 60]', None),
-        ("[true, 60]", None),
-        ("[null, 60]", None),
-        ("[NaN, 60]", None),
-        ("[[50, 60]]", None),
+        ('{"1": 1, "2": 100}', [1, 100]),
+        (' {"1":55,"2":20}\n', [55, 20]),
+        ('{"2": 20, "1": 55}', [55, 20]),
+        ('{"1": 50}', None),
+        ('{"1": 50, "2": 60, "3": 70}', None),
+        ('{"1": 50, "1": 60, "2": 70}', None),
         ('{"0": 50, "1": 60}', None),
+        ('{"1": 0, "2": 50}', None),
+        ('{"1": 101, "2": 50}', None),
+        ('{"1": -5, "2": 50}', None),
+        ('{"1": 50.0, "2": 60}', None),
+        ('{"1": "50", "2": 60}', None),
+        ('{"1": true, "2": 60}', None),
+        ('{"1": null, "2": 60}', None),
+        ('{"1": NaN, "2": 60}', None),
+        ('{"1": {"1": 50}, "2": 60}', None),
+        ('[["1", 50], ["2", 60]]', None),
+        ("[50, 60]", None),
         ("50, 60", None),
-        ("Scores: [50, 60]", None),
-        ("[50, 60", None),
+        ('Scores: {"1": 50, "2": 60}', None),
+        ('{"1": 50, "2": 60', None),
+        ("{}", None),
         ("", None),
         ("[" * 100_000, None),
-        ("[" + "9" * 5000 + ", 1]", None),
-        ("[1e1, 60]", None),
+        ('{"1": ' + "9" * 5000 + ', "2": 1}', None),
+        ('{"1": 1e1, "2": 60}', None),
     ],
 )
-def test_scores_are_a_list_of_integers_or_nothing(text: str, scores: list[int] | None) -> None:
+def test_scores_are_integers_by_path_number_or_nothing(text: str, scores: list[int] | None) -> None:
     assert parse_scores(text, 2) == scores
 
 
@@ -117,7 +123,7 @@ def test_all_paths_of_a_question_are_scored_in_one_call() -> None:
     def reply(conversation: Conversation, sampling: Sampling) -> str:
         asked.append(conversation)
         assert sampling.temperature == 0
-        return "[30, 90]" if "sum" in conversation.turns[0][0] else "[55]"
+        return scores_json([30, 90] if "sum" in conversation.turns[0][0] else [55])
 
     paths = [path(SUM, 0), path(DOG, 0, "dog"), path(SUM, 1)]  # not side by side
     scored, unreadable = score_paths(paths, QUESTIONS, ModelJudge(FakeEngine(reply), "short"))
@@ -131,11 +137,11 @@ def test_all_paths_of_a_question_are_scored_in_one_call() -> None:
         text = conversation.turns[0][0]
         assert list(conversation.images) == question.images and conversation.turns[0][1] == ""
         assert question.question in text and question.answer in text
-    assert all(f"{n}. {p.text}" in asked[0].turns[0][0] for n, p in enumerate((paths[0], paths[2]), 1))
+    assert all(f"{n}. {p.text} ({n})" in asked[0].turns[0][0] for n, p in enumerate((paths[0], paths[2]), 1))
 
 
 def test_an_unreadable_reply_leaves_the_question_without_scores_and_is_counted() -> None:
-    judge = ModelJudge(FakeEngine(lambda c, s: "[1]" if "sum" in c.turns[0][0] else "[55]"), "short")
+    judge = ModelJudge(FakeEngine(lambda c, s: scores_json([1] if "sum" in c.turns[0][0] else [55])), "short")
     scored, unreadable = score_paths([path(SUM, 0), path(SUM, 1), path(DOG, 0)], QUESTIONS, judge)
     assert [p.score for p in scored] == [None, None, 55] and unreadable == 1
 
@@ -149,7 +155,7 @@ def test_a_path_cannot_speak_for_the_prompt() -> None:
     hostile = Question("h", [], "Say {truth} and {paths}", "\\1 {question}")
     text = judge_prompt("short", hostile, ["{truth}", "\\g<0>"]).turns[0][0]
     assert "Say {truth} and {paths}" in text and "\\1 {question}" in text
-    assert "1. {truth}\n2. \\g<0>" in text
+    assert "1. {truth} (1)\n2. \\g<0> (2)" in text
 
 
 def test_the_rule_judge_prefers_right_and_worked_out_paths() -> None:
