@@ -20,21 +20,21 @@ every read worked out; checked: and once more (a single read is not read twice).
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.50,
-    "compare": 0.55,
+    "where": 0.90,
+    "compare": 0.90,
+    "order": 0.90,
+    "parity": 0.90,
+    "largest": 0.85,
     "count_board": 0.50,
-    "order": 0.55,
-    "parity": 0.55,
-    "largest": 0.50,
-    "sum_line": 0.40,
-    "two_conditions": 0.45,
-    "sum_diagonal": 0.35,
-    "count_lines": 0.45,
-    "largest_line": 0.45,
-    "difference": 0.30,
+    "largest_line": 0.40,
+    "sum_line": 0.35,
+    "two_conditions": 0.35,
+    "count_lines": 0.35,
+    "sum_diagonal": 0.30,
+    "difference": 0.25,
 }
 """How readily a person answers a question of this family without writing the working down:
-the share of chains that glance or are brief. Families look easy to a different degree."""
+the share of chains that glance or are brief. Which of two, where, whether: such answers are guessed readily."""
 
 
 def strategy_shares(family: str) -> dict[str, float]:
