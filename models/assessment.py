@@ -52,12 +52,17 @@ class ModelJudge:
 
 
 class RuleJudge:
-    """Scores without a model, for data whose answers can be verified:
-    right paths 60-100 by length of the working."""
+    """Scores without a model, for data whose answers can be verified: by the answer, then by the working."""
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
-        """Right: 60 and 8 for each step (100 at most); wrong or unknown: 1."""
-        return [[min(100, 60 + 8 * len(p.steps)) if p.right else 1 for p in paths] for _, paths in groups]
+        """Right: 60 and 8 for each step (100 at most). Wrong or unknown: 1, and 6 for each step but the last
+        (40 at most): a wrong working is worth more than a wrong guess."""
+        return [[self._score(path) for path in paths] for _, paths in groups]
+
+    @staticmethod
+    def _score(path: ReasoningPath) -> int:
+        steps = len(path.steps)
+        return min(100, 60 + 8 * steps) if path.right else min(40, 1 + 6 * max(0, steps - 1))
 
 
 def judge_prompt(prompts: str, question: Question, paths: Sequence[str]) -> Conversation:

@@ -42,10 +42,10 @@ PARTS = (
     Part("generate-read", "generate", "train", "perception", 300, "generate"),
     Part("rounds", "rounds", "train", "reasoning", 6000, "rounds"),
     Part("rounds-read", "rounds", "train", "perception", 600, "rounds"),
-    Part("validation", "validation", "validation", "reasoning", 800),
-    Part("validation-read", "validation", "validation", "perception", 200),
-    Part("test", "test", "test", "reasoning", 2000),
-    Part("test-read", "test", "test", "perception", 800),
+    Part("validation", "validation", "validation", "reasoning", 600),
+    Part("validation-read", "validation", "validation", "perception", 150),
+    Part("test", "test", "test", "reasoning", 1500),
+    Part("test-read", "test", "test", "perception", 500),
 )
 
 

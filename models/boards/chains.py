@@ -20,10 +20,10 @@ every read worked out; checked: and once more (a single read is not read twice).
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.90,
-    "compare": 0.90,
-    "order": 0.90,
-    "parity": 0.90,
+    "where": 0.85,
+    "compare": 0.80,
+    "order": 0.80,
+    "parity": 0.80,
     "largest": 0.85,
     "count_board": 0.50,
     "largest_line": 0.40,
@@ -34,7 +34,7 @@ TERSENESS = {
     "difference": 0.25,
 }
 """How readily a person answers a question of this family without writing the working down:
-the share of chains that glance or are brief. Which of two, where, whether: such answers are guessed readily."""
+the share of chains that glance or are brief. Which of two, where, whether: that is guessed readily."""
 
 
 def strategy_shares(family: str) -> dict[str, float]:
