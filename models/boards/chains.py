@@ -20,18 +20,18 @@ every read worked out; checked: and once more (a single read is not read twice).
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.85,
-    "compare": 0.80,
-    "order": 0.80,
-    "parity": 0.80,
-    "largest": 0.85,
+    "where": 0.55,
+    "compare": 0.55,
+    "order": 0.55,
+    "parity": 0.55,
+    "largest": 0.50,
     "count_board": 0.50,
-    "largest_line": 0.40,
-    "sum_line": 0.35,
-    "two_conditions": 0.35,
-    "count_lines": 0.35,
-    "sum_diagonal": 0.30,
-    "difference": 0.25,
+    "largest_line": 0.45,
+    "two_conditions": 0.45,
+    "count_lines": 0.45,
+    "sum_line": 0.40,
+    "sum_diagonal": 0.35,
+    "difference": 0.30,
 }
 """How readily a person answers a question of this family without writing the working down:
 the share of chains that glance or are brief. Which of two, where, whether: that is guessed readily."""

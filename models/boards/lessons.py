@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from models.boards.chains import STRATEGIES, TERSENESS, chain, pick_strategy
+from models.boards.chains import STRATEGIES, chain, pick_strategy
 from models.boards.oracle import assess_path
 from models.boards.questions import (
     COLUMNS,
@@ -141,23 +141,15 @@ def _places(generator: np.random.Generator) -> list[str]:
 
 
 def demonstration(generator: np.random.Generator) -> tuple[BoardQuestion, str, list[Step]]:
-    """A question, a strategy drawn by its family's shares, and the chain that follows it.
-
-    Families that are mostly guessed are asked three times as often, so that working them out is learnt too.
-    """
-    weights = np.array([3.0 if TERSENESS[family] >= 0.8 else 1.0 for family in FAMILIES])
-    family = (
-        "read"
-        if generator.random() < READS
-        else str(generator.choice(list(FAMILIES), p=weights / weights.sum()))
-    )
-    question = _ask(family, generator)
+    """A question, a strategy drawn by its family's shares, and the chain that follows it."""
+    family = _any_family(generator)
+    question = read_cell(random_digits(generator), generator) if family == "read" else ask(generator, family)
     strategy = pick_strategy(question.family, generator)
     return question, strategy, chain(question, strategy)
 
 
-def _ask(family: str, generator: np.random.Generator) -> BoardQuestion:
-    return read_cell(random_digits(generator), generator) if family == "read" else ask(generator, family)
+def _any_family(generator: np.random.Generator) -> str:
+    return "read" if generator.random() < READS else str(generator.choice(list(FAMILIES)))
 
 
 def spoil(steps: Sequence[Step], generator: np.random.Generator) -> list[Step]:
@@ -216,7 +208,7 @@ def graded_paths(generator: np.random.Generator, most: int = 4) -> tuple[BoardQu
 
 def _retold_question(generator: np.random.Generator) -> tuple[BoardQuestion, Retell]:
     """A question of any family, single reads among them, and the same question about other digits."""
-    family = "read" if generator.random() < READS else str(generator.choice(list(FAMILIES)))
+    family = _any_family(generator)
     if family == "order":
         question = ask(generator, family)
         return question, lambda digits: order_of(digits, question.plan.reads[0][0])
