@@ -66,7 +66,7 @@ def chain(question: BoardQuestion, strategy: str) -> list[Step]:
         parts += _read_and_worked(question) if any(plan.work) else [("Read", _reads(question))]
         if plan.close:
             parts.append(("Join", ", ".join(plan.close)))
-        if strategy == "checked" and question.family != "read":
+        if strategy == "checked" and (plan.close or any(plan.work)):
             parts.append(("Check", _second_route(question)))
     else:
         raise ValueError(f"unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
