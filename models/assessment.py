@@ -52,17 +52,14 @@ class ModelJudge:
 
 
 class RuleJudge:
-    """Scores without a model, for data whose answers can be verified: by the answer, then by the working."""
+    """Scores without a model, for data whose answers can be verified: 100 for a right answer, else 1.
+
+    How long or how careful a path is earns nothing here: what works must show in the answers.
+    """
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
-        """Right: 60 and 8 for each step (100 at most). Wrong or unknown: 1, and 6 for each step but the last
-        (40 at most): a wrong working is worth more than a wrong guess."""
-        return [[self._score(path) for path in paths] for _, paths in groups]
-
-    @staticmethod
-    def _score(path: ReasoningPath) -> int:
-        steps = len(path.steps)
-        return min(100, 60 + 8 * steps) if path.right else min(40, 1 + 6 * max(0, steps - 1))
+        """100 or 1 for every path."""
+        return [[100 if path.right else 1 for path in paths] for _, paths in groups]
 
 
 def judge_prompt(prompts: str, question: Question, paths: Sequence[str]) -> Conversation:

@@ -1,22 +1,27 @@
 """Preference pairs from scored paths (METHOD 1.4). Rules are pure functions by name; ties never make a pair.
 
-    from models.pairing import RULES, build_pairs
+    from models.pairing import RULES, build_pairs, first_difference
 
 A rule takes the paths of one question and gives (chosen, rejected) pairs, or the reason why there is none.
+`first_difference` narrows a pair to the step at which its paths part.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.records import FailedPath, ReasoningPath
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two completions of one question; margin: the judge's score of chosen less that of rejected."""
+    """Two completions of one question; margin: the judge's score of chosen less that of rejected.
+
+    prefix: what both sides begin with and neither is trained on; *_goes_on: the side is the beginning of
+    a longer text, and its end is no end of turn.
+    """
 
     question_id: str
     chosen: str
@@ -24,6 +29,9 @@ class Pair:
     chosen_score: int
     rejected_score: int
     margin: int
+    prefix: str = ""
+    chosen_goes_on: bool = False
+    rejected_goes_on: bool = False
 
 
 UNSCORED = 101
@@ -93,6 +101,32 @@ def build_pairs(
             a, b = chosen.score or 0, rejected.score or 0
             kept.append(Pair(chosen.question_id, chosen.text, rejected.text, a, b, a - b))
     return kept, dict(sorted(dropped.items()))
+
+
+def first_difference(pair: Pair) -> Pair:
+    """The pair cut down to the first step (a line) in which its sides differ; the steps before become the
+    prefix (Step-DPO, arXiv 2406.18629, 3.1). What follows a first difference follows from it, and is noise to
+    the preference."""
+    chosen, rejected = pair.chosen.splitlines(keepends=True), pair.rejected.splitlines(keepends=True)
+    shared, last = 0, min(len(chosen), len(rejected)) - 1
+    while shared < last and chosen[shared] == rejected[shared]:
+        shared += 1
+    return replace(
+        pair,
+        prefix="".join(chosen[:shared]),
+        chosen=_step(chosen[shared:]),
+        rejected=_step(rejected[shared:]),
+        chosen_goes_on=len(chosen) - shared > CLOSING,
+        rejected_goes_on=len(rejected) - shared > CLOSING,
+    )
+
+
+CLOSING = 2
+"""Lines of a text's end: the last step, and the frame that closes."""
+
+
+def _step(lines: list[str]) -> str:
+    return "".join(lines[:1] if len(lines) > CLOSING else lines)
 
 
 def distinct(paths: Sequence[ReasoningPath]) -> list[ReasoningPath]:

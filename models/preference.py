@@ -44,11 +44,18 @@ class PreferenceLoss:
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """An open prompt (images, question) with the preferred and the dispreferred completion."""
+    """An open prompt (images, question) with the preferred and the dispreferred completion.
+
+    prefix: the beginning of the answer that both share, read but not trained on; *_goes_on: that completion
+    is cut before its end, and gets no end of turn.
+    """
 
     prompt: Conversation
     chosen: str
     rejected: str
+    prefix: str = ""
+    chosen_goes_on: bool = False
+    rejected_goes_on: bool = False
 
 
 class PreferenceCollator:
@@ -84,8 +91,9 @@ def encode_pairs(
     if first:
         encoder.prepare(first)
     for pair in pairs:
-        prompt = encoder.prompt(pair.prompt)
-        chosen, rejected = encoder.answer_ids(pair.chosen), encoder.answer_ids(pair.rejected)
+        prompt = encoder.prompt(pair.prompt) + encoder.answer_ids(pair.prefix, goes_on=True)
+        chosen = encoder.answer_ids(pair.chosen, pair.chosen_goes_on)
+        rejected = encoder.answer_ids(pair.rejected, pair.rejected_goes_on)
         if len(prompt) + max(len(chosen), len(rejected)) > max_tokens:
             long += 1
             continue

@@ -116,9 +116,11 @@ class Encoder:
             raise ValueError("the last turn of a prompt must be open (empty answer)")
         return self.encode(conversation)[0]
 
-    def answer_ids(self, text: str) -> list[int]:
-        """An assistant text as it stands in a conversation: its tokens and the end of turn."""
-        return [*self._tokens(self._plain(text)), self.tokenizer.eos_token_id]
+    def answer_ids(self, text: str, goes_on: bool = False) -> list[int]:
+        """An assistant text as it stands in a conversation: its tokens and, unless it goes on,
+        the end of turn."""
+        tokens = self._tokens(self._plain(text)) if text else []
+        return tokens if goes_on else [*tokens, self.tokenizer.eos_token_id]
 
     def pixels(self, images: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """The processor's image tensors of one conversation, e.g.

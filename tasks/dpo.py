@@ -14,6 +14,8 @@ from tasks import params, roles, rounds
 from tasks.stage import StageRun, open_stage, settings
 from tasks.training_log import training_report
 
+SIDES = ("chosen", "rejected", "prefix", "chosen_goes_on", "rejected_goes_on")
+
 
 @dataclass(frozen=True)
 class Params:
@@ -36,7 +38,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     pairs = [
         PreferenceExample(
-            reason_prompt(p.prompts, questions[row["question_id"]]), row["chosen"], row["rejected"]
+            reason_prompt(p.prompts, questions[row["question_id"]]), **{name: row[name] for name in SIDES}
         )
         for row in read_jsonl(this.folder("score") / "pairs.jsonl")
     ]

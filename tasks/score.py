@@ -22,8 +22,8 @@ JUDGE = Path("artifacts/judge")
 
 @dataclass(frozen=True)
 class Params:
-    """rule: a name of models.pairing.RULES; min_margin: least difference of scores;
-    max_pairs: most pairs kept."""
+    """rule: a name of models.pairing.RULES; min_margin: least difference of scores; max_pairs: most pairs
+    kept; scope: pairs of whole paths, or of the first step in which they differ (Step-DPO)."""
 
     prompts: str = "full"
     answer_filter: Literal["rules", "model"] = "rules"
@@ -31,6 +31,7 @@ class Params:
     pairs_per_question: int = 1
     min_margin: int = 1
     max_pairs: int = 15000
+    scope: Literal["path", "step"] = "path"
     batch_size: int = 128
 
 
@@ -39,7 +40,7 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
     Raises StageError without pairs."""
     from models.agreement import agreement, with_oracle
     from models.assessment import filter_answers, score_paths
-    from models.pairing import build_pairs
+    from models.pairing import build_pairs, first_difference
     from models.records import FailedPath, read_jsonl, read_paths, read_questions, write_jsonl
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
@@ -67,7 +68,8 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
             "paths, raise the temperature, or lower score.min_margin"
         )
     write_jsonl(stage.out / "paths.jsonl", scored_paths)
-    write_jsonl(stage.out / "pairs.jsonl", pairs[: p.max_pairs])
+    kept = pairs[: p.max_pairs]
+    write_jsonl(stage.out / "pairs.jsonl", [first_difference(q) for q in kept] if p.scope == "step" else kept)
     return {
         "questions": len({path.question_id for path in paths}),
         "paths": len(paths),

@@ -15,23 +15,23 @@ from models.boards.questions import BoardQuestion, running_sum
 from models.records import Step
 
 STRATEGIES = ("glance", "brief", "detailed", "checked")
-"""glance: the answer at once; brief: reads, then the result; detailed:
+"""glance: a guess at once; brief: reads, then a guess; detailed:
 every read worked out; checked: and once more (a single read is not read twice)."""
 
 TERSENESS = {
     "read": 0.90,
-    "where": 0.55,
-    "compare": 0.55,
-    "order": 0.55,
-    "parity": 0.55,
-    "largest": 0.50,
-    "count_board": 0.50,
-    "largest_line": 0.45,
-    "two_conditions": 0.45,
-    "count_lines": 0.45,
-    "sum_line": 0.40,
-    "sum_diagonal": 0.35,
-    "difference": 0.30,
+    "where": 0.70,
+    "compare": 0.70,
+    "order": 0.70,
+    "parity": 0.70,
+    "largest": 0.70,
+    "largest_line": 0.65,
+    "count_board": 0.35,
+    "two_conditions": 0.35,
+    "count_lines": 0.35,
+    "sum_line": 0.30,
+    "sum_diagonal": 0.30,
+    "difference": 0.25,
 }
 """How readily a person answers a question of this family without writing the working down:
 the share of chains that glance or are brief. Which of two, where, whether: that is guessed readily."""
@@ -41,8 +41,8 @@ def strategy_shares(family: str) -> dict[str, float]:
     """Probability of each strategy for a question of the family."""
     terse = TERSENESS[family]
     return {
-        "glance": 0.6 * terse,
-        "brief": 0.4 * terse,
+        "glance": 0.85 * terse,
+        "brief": 0.15 * terse,
         "detailed": 0.85 * (1 - terse),
         "checked": 0.15 * (1 - terse),
     }
@@ -70,7 +70,7 @@ def chain(question: BoardQuestion, strategy: str) -> list[Step]:
             parts.append(("Check", _second_route(question)))
     else:
         raise ValueError(f"unknown strategy {strategy!r}; one of {', '.join(STRATEGIES)}")
-    parts.append(("Answer", question.answer))
+    parts.append(("Guess" if strategy in ("glance", "brief") else "Answer", question.answer))
     last = len(parts) - 1
     return [
         Step(title, content, "final_answer" if i == last else "continue")

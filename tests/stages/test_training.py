@@ -343,6 +343,24 @@ def test_the_chosen_side_wins(dpo: Any, tiny_model: Any, tiny_processor: Any) ->
         assert margin(model.eval()) > margin(tiny_model()) + 1
 
 
+def test_a_shared_beginning_is_read_and_not_trained_on(tiny_processor: Any) -> None:
+    from models.preference import PreferenceCollator, encode_pairs
+    from models.vlm import Encoder
+
+    encoder = Encoder(tiny_processor, picture)
+    whole = PreferenceExample(PAIRS[0].prompt, "row 1 is 3\nsum is 3", "row 1 is 3\nsum is 4 or more")
+    cut = replace(
+        whole, prefix="row 1 is 3\n", chosen="sum is 3", rejected="sum is 4\n", rejected_goes_on=True
+    )
+    (row, other), _ = encode_pairs(encoder, [cut, whole], 1000)
+    prompt, end = encoder.prompt(PAIRS[0].prompt), encoder.tokenizer.eos_token_id
+    assert row["prompt"] + row["chosen"] == other["prompt"] + other["chosen"]
+    assert row["prompt"][: len(prompt)] == prompt and len(row["prompt"]) > len(prompt)
+    assert row["chosen"][-1] == end and end not in row["rejected"]
+    trained = PreferenceCollator(encoder)([row])["completion_mask"].sum(1).tolist()
+    assert trained == [len(row["chosen"]), len(row["rejected"])]
+
+
 def test_batches_hold_rows_of_like_length_and_every_epoch_has_its_own_order() -> None:
     lengths = [int(n) for n in np.random.default_rng(0).integers(20, 300, size=403)]
     sampler = LengthBuckets(lengths, 8, seed=3)

@@ -158,10 +158,10 @@ def test_a_path_cannot_speak_for_the_prompt() -> None:
     assert "1. {truth} (1)\n2. \\g<0> (2)" in text
 
 
-def test_the_rule_judge_prefers_right_paths_and_worked_out_ones_among_right_and_wrong() -> None:
+def test_the_rule_judge_knows_the_answer_and_nothing_else() -> None:
     marked, _ = filter_answers([path(SUM, n, a, s) for n, (a, s) in enumerate(CASES)], QUESTIONS)
     scored, unreadable = score_paths([*marked, path(SUM, 9)], QUESTIONS, RuleJudge())
-    assert [p.score for p in scored] == [68, 76, 100, 25, 1] and unreadable == 0
+    assert [p.score for p in scored] == [100, 100, 100, 1, 1] and unreadable == 0
 
 
 CASES: Sequence[tuple[str, int]] = [("16", 1), ("16", 2), ("16", 40), ("17", 5)]

@@ -145,6 +145,7 @@ def test_the_oracle_finds_every_true_chain_right(family: str, strategy: str) -> 
         ]
         assert False not in said, (question, steps)
         assert steps[-1].content == question.answer
+        assert steps[-1].title == ("Guess" if strategy in ("glance", "brief") else "Answer")
         assert [step.next_action for step in steps] == ["continue"] * (len(steps) - 1) + ["final_answer"]
         if strategy != "glance":
             assert True in said

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from models.pairing import RULES, best_right_vs_worst_wrong, best_vs_worst_score, build_pairs, distinct
+from models.pairing import (
+    RULES,
+    Pair,
+    best_right_vs_worst_wrong,
+    best_vs_worst_score,
+    build_pairs,
+    distinct,
+    first_difference,
+)
 from models.records import FailedPath, ReasoningPath
 
 
@@ -152,3 +160,49 @@ def test_groups_and_failures_add_up() -> None:
 def test_an_unknown_rule_names_the_rules() -> None:
     with pytest.raises(ValueError, match="best_right_vs_worst_wrong"):
         build_pairs([], "best")
+
+
+def chain(*steps: str) -> str:
+    return "\n".join(["<thoughts>", *steps, "</thoughts>"])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prefix", "chosen_side", "rejected_side"),
+    [
+        (["Read: 3 4", "Answer: 7"], ["Read: 3 9", "Answer: 12"], [], "Read: 3 4\n", "Read: 3 9\n"),
+        (
+            ["Read: 3 4", "Work: 7", "Answer: 7"],
+            ["Read: 3 4", "Answer: 6"],
+            ["Read: 3 4"],
+            "Work: 7\n",
+            "Answer: 6\n</thoughts>",
+        ),
+        (
+            ["Read: 3 4", "Answer: 7"],
+            ["Read: 3 4", "Answer: 6"],
+            ["Read: 3 4"],
+            "Answer: 7\n</thoughts>",
+            "Answer: 6\n</thoughts>",
+        ),
+        (["Answer: 7"], ["Answer: 6"], [], "Answer: 7\n</thoughts>", "Answer: 6\n</thoughts>"),
+    ],
+)
+def test_a_pair_cut_to_its_first_difference_keeps_one_step_a_side(
+    chosen: list[str], rejected: list[str], prefix: list[str], chosen_side: str, rejected_side: str
+) -> None:
+    pair = Pair("q", chain(*chosen), chain(*rejected), 100, 1, 99)
+    cut = first_difference(pair)
+    assert cut.prefix == "\n".join(["<thoughts>", *prefix, ""])
+    assert (cut.chosen, cut.rejected) == (chosen_side, rejected_side)
+    for whole, side, goes_on in (
+        (pair.chosen, cut.chosen, cut.chosen_goes_on),
+        (pair.rejected, cut.rejected, cut.rejected_goes_on),
+    ):
+        assert whole.startswith(cut.prefix + side)
+        assert goes_on == (whole != cut.prefix + side)
+    assert (cut.question_id, cut.margin) == ("q", 99)
+
+
+def test_texts_that_differ_only_in_their_end_still_make_a_cut_pair() -> None:
+    cut = first_difference(Pair("q", chain("Answer: 7"), chain("Answer: 7") + "\n", 100, 1, 99))
+    assert (cut.chosen, cut.rejected) == ("</thoughts>", "</thoughts>\n")
