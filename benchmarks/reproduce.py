@@ -1,6 +1,7 @@
 """Two runs from two fresh clones with the same seed: is every data set and checkpoint the same?
 
     python -m benchmarks.reproduce [--save]           # two whole pipelines, one after the other
+    python -m benchmarks.reproduce --against DIR      # one, against a clone that has run `make demo`
     python -m benchmarks.reproduce --profile tiny     # a quick one
 
 Each clone builds its own data and trains every stage; neither shares a cache, a lock or an MLflow store.
@@ -21,6 +22,7 @@ from benchmarks import results, workspace
 from benchmarks.results import Row, Table
 from benchmarks.workspace import WorkspaceError
 from flows import pipeline, profile
+from tasks import params
 
 RUNS = ("first", "second")
 SHOWN = 5  # differing files named per output
@@ -79,6 +81,16 @@ def run_once(folder: Path, seed: int, profile_name: str | None, rounds: int | No
     return time.monotonic() - began
 
 
+def accept(folder: Path, seed: int, profile_name: str | None) -> None:
+    """Raise WorkspaceError unless the whole pipeline has run in `folder`, with this seed and profile."""
+    values = params.read(folder / "params.yaml")
+    held = (values.get("seed"), values.get("profile"))
+    if held != (seed, profile_name or params.read(results.ROOT / "params.yaml").get("profile")):
+        raise WorkspaceError(f"{folder} has seed {held[0]} and profile {held[1]}: give the same here")
+    if stale := workspace.waiting(folder):
+        raise WorkspaceError(f"{', '.join(stale)} are stale in {folder}: run the pipeline there")
+
+
 def judge(
     found: Sequence[Mapping[str, str]], weights: Sequence[str], minutes: Sequence[float]
 ) -> tuple[list[Row], Table]:
@@ -97,7 +109,7 @@ def judge(
     ]  # fmt: skip
     rows += [
         Row(f"whole pipeline from a fresh clone, {name} run", round(value, 1), "minutes")
-        for name, value in zip(RUNS, minutes, strict=True)
+        for name, value in zip(RUNS[-len(minutes) :], minutes, strict=True)
     ]
     cells = [
         [path, "checkpoint" if path in weights else "data", *(of.get(path, "–")[:12] for of in found),
@@ -123,6 +135,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", help="a file of profiles/ by name (default: the committed params.yaml)")
     parser.add_argument("--rounds", type=int, help="preference rounds T")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--against", type=Path, metavar="DIR", help="a clone in which the pipeline has run, for the first run"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the two clones in .work/reproduce")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     return parser.parse_args()
@@ -138,15 +153,17 @@ def main() -> int:
     folders = [home / name for name in RUNS]
     try:
         with workspace.alone(home):
-            minutes = []
-            for folder in folders:
-                minutes.append(run_once(folder, args.seed, args.profile, args.rounds) / 60)
+            fresh = folders
+            if args.against:
+                folders[0], fresh = args.against.resolve(), folders[1:]
+                accept(folders[0], args.seed, args.profile)
+            minutes = [run_once(folder, args.seed, args.profile, args.rounds) / 60 for folder in fresh]
             found = [outputs(folder) for folder in folders]
             wrong = differing(*found)
             explain(folders, wrong)
             rows, table = judge(found, checkpoints(folders[0], sorted(found[0])), minutes)
             if not args.keep and not wrong:
-                for folder in folders:
+                for folder in fresh:
                     shutil.rmtree(folder)
     except (WorkspaceError, pipeline.PipelineError, profile.ProfileError) as error:
         sys.exit(str(error))

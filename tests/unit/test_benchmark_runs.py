@@ -75,6 +75,19 @@ def test_a_differing_checkpoint_misses_the_target() -> None:
     assert [row[-1] for row in table.rows] == ["NO", "yes"]
     rows, _ = reproduce.judge([first, first], ["artifacts/sft"], [1, 2])
     assert all(row.holds for row in rows[:2]) and rows[2].target is None
+    rows, _ = reproduce.judge([first, first], ["artifacts/sft"], [2])
+    assert [row.what for row in rows[2:]] == ["whole pipeline from a fresh clone, second run"]
+
+
+def test_only_a_run_with_the_same_seed_and_profile_is_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params.yaml").write_text("profile: embedded\nseed: 3\n")
+    monkeypatch.setattr(workspace, "waiting", lambda folder: ["curate"])
+    with pytest.raises(workspace.WorkspaceError, match="has seed 3 and profile embedded"):
+        reproduce.accept(tmp_path, 0, None)
+    with pytest.raises(workspace.WorkspaceError, match="curate are stale"):
+        reproduce.accept(tmp_path, 3, None)
 
 
 def test_differing_files_are_named(tmp_path: Path) -> None:
