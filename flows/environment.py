@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
+"""glibc keeps what it has freed: given back and asked for again at every decoding step, a growing KV cache costs
+a fifth of the time of sampling on CPU. Other C libraries ignore it."""
 
 
 def root() -> Path:
@@ -56,12 +59,14 @@ def prepare() -> None:
 
 
 def stage_environment(base: Path) -> dict[str, str]:
-    """The environment of a stage's process: this interpreter first on PATH, thread counts explicit."""
+    """The environment of a stage's process: this interpreter first on PATH, threads and memory explicit."""
     environment = dict(os.environ)
     binaries = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([binaries, environment.get("PATH", "")])
     for name in THREAD_VARIABLES:
         environment.setdefault(name, str(cores()))
+    for name, value in KEPT_MEMORY.items():
+        environment.setdefault(name, value)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment["LONGVIEW_ROOT"] = str(base)

@@ -50,7 +50,13 @@ class Walk:
         return outcome
 
     def _state(self, name: str) -> StageState:
+        """DVC looks at every file of every input: after a stage has run it is asked for the next one alone, and
+        for all only if that one is up to date."""
         if name not in self._states:
+            if self.did("ran"):
+                alone = pipeline.states(self.root, [name])[name]
+                if alone.state != pipeline.UP_TO_DATE:
+                    return alone
             self._states = pipeline.states(self.root, [s.name for s in self.stages])
         return self._states[name]
 
