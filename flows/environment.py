@@ -15,8 +15,8 @@ from pathlib import Path
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
-"""glibc keeps what it has freed: given back and asked for again at every decoding step, a growing KV cache costs
-a fifth of the time of sampling on CPU. Other C libraries ignore it."""
+"""glibc keeps what it has freed: given back and asked for again at every decoding step, a growing KV cache
+costs a fifth of the time of sampling on CPU. Other C libraries ignore it."""
 
 
 def root() -> Path:

@@ -50,8 +50,8 @@ class Walk:
         return outcome
 
     def _state(self, name: str) -> StageState:
-        """DVC looks at every file of every input: after a stage has run it is asked for the next one alone, and
-        for all only if that one is up to date."""
+        """DVC looks at every file of every input: after a stage has run it is asked for the next one alone,
+        and for all only if that one is up to date."""
         if name not in self._states:
             if self.did("ran"):
                 alone = pipeline.states(self.root, [name])[name]
