@@ -2,6 +2,7 @@
 
     python -m benchmarks.reproduce [--save]           # two whole pipelines, one after the other
     python -m benchmarks.reproduce --against DIR      # one, against a clone that has run `make demo`
+    python -m benchmarks.reproduce --kill 6           # the second is killed six times on its way
     python -m benchmarks.reproduce --profile tiny     # a quick one
 
 Each clone builds its own data and trains every stage; neither shares a cache, a lock or an MLflow store.
@@ -11,6 +12,7 @@ Compared is the md5 of every output that DVC records. Exit status 1 if one diffe
 from __future__ import annotations
 
 import argparse
+import random
 import shutil
 import sys
 import time
@@ -25,6 +27,8 @@ from flows import pipeline, profile
 from tasks import params
 
 RUNS = ("first", "second")
+FLOW = ("flows.cli",)
+MINUTES = 25.0  # of a run whose length is not known, to spread kills over
 SHOWN = 5  # differing files named per output
 
 
@@ -68,17 +72,57 @@ def checkpoints(folder: Path, paths: Sequence[str]) -> list[str]:
     return [path for path in paths if next((folder / path).rglob("*.safetensors"), None)]
 
 
-def run_once(folder: Path, seed: int, profile_name: str | None, rounds: int | None) -> float:
-    """A fresh clone with everything run; returns seconds."""
+def run_once(
+    folder: Path, seed: int, profile_name: str | None, rounds: int | None, kills: Sequence[float] = ()
+) -> float:
+    """A fresh clone with everything run by `dvc repro`, or by the flow, killed after each of `kills` seconds
+    since its last start; returns seconds."""
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     workspace.make(folder, seed, profile_name=profile_name, rounds=rounds)
-    workspace.execute(folder, ["dvc", "repro"])
+    for number, seconds in enumerate(kills):
+        kill_after(folder, seconds, whole=number % 2 == 0)
+    workspace.execute(folder, [*FLOW, "run"] if kills else ["dvc", "repro"])
     if stale := workspace.waiting(folder):
         raise WorkspaceError(f"{', '.join(stale)} are stale after the run in {folder}")
     stages = {stage.name for stage in pipeline.stages(folder)}
     print(f"{folder.name} run: {len(stages)} stages in {(time.monotonic() - began) / 60:.1f} min", flush=True)
     return time.monotonic() - began
+
+
+def moments(kills: int, minutes: float, seed: int) -> list[float]:
+    """Seconds from a start to the kill that ends it, random, spread over a run of `minutes`."""
+    draw = random.Random(seed)
+    return [minutes * 60 / (kills + 1) * draw.uniform(0.3, 1.7) for _ in range(kills)]
+
+
+def kill_after(folder: Path, seconds: float, *, whole: bool) -> None:
+    """Start the flow in `folder` and end it by SIGKILL: the flow itself (`whole`), or the stage under it."""
+    import psutil
+
+    log = folder / ".work" / "logs" / "killed.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as said:
+        flow = psutil.Popen(
+            [sys.executable, "-m", *FLOW, "run"],
+            cwd=folder,
+            env=workspace.environment(folder),
+            stdout=said,
+            stderr=said,
+        )
+        try:
+            if flow.wait(seconds) != 0:
+                raise WorkspaceError(f"the run in {folder} failed before it was killed: see {log}")
+            print(f"the run ended before {seconds:.0f} s: not killed", flush=True)
+            return
+        except psutil.TimeoutExpired:
+            pass
+        stages = [p for p in flow.children(recursive=True) if any("tasks." in word for word in p.cmdline())]
+        victim = flow if whole or not stages else stages[-1]
+        running = victim.cmdline()[-1]
+        victim.kill()
+        flow.wait()
+    print(f"killed after {seconds:.0f} s: {'the flow' if victim is flow else running}", flush=True)
 
 
 def accept(folder: Path, seed: int, profile_name: str | None) -> None:
@@ -138,6 +182,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--against", type=Path, metavar="DIR", help="a clone in which the pipeline has run, for the first run"
     )
+    parser.add_argument(
+        "--kill", type=int, default=0, metavar="N", help="kill the second run N times, flow and stage in turn"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the two clones in .work/reproduce")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     return parser.parse_args()
@@ -157,7 +204,11 @@ def main() -> int:
             if args.against:
                 folders[0], fresh = args.against.resolve(), folders[1:]
                 accept(folders[0], args.seed, args.profile)
-            minutes = [run_once(folder, args.seed, args.profile, args.rounds) / 60 for folder in fresh]
+            minutes: list[float] = []
+            for folder in fresh:
+                last = folder is folders[-1]
+                kills = moments(args.kill, minutes[0] if minutes else MINUTES, args.seed) if last else []
+                minutes.append(run_once(folder, args.seed, args.profile, args.rounds, kills) / 60)
             found = [outputs(folder) for folder in folders]
             wrong = differing(*found)
             explain(folders, wrong)
@@ -167,7 +218,9 @@ def main() -> int:
                     shutil.rmtree(folder)
     except (WorkspaceError, pipeline.PipelineError, profile.ProfileError) as error:
         sys.exit(str(error))
-    name = "reproduce" if args.profile is None else f"reproduce-{args.profile}"
+    name = "-".join(
+        ["reproduce", *([args.profile] if args.profile else []), *(["killed"] if args.kill else [])]
+    )
     return results.finish(name, rows, [results.row_table(name, rows), table], args.save)
 
 

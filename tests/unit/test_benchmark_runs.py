@@ -90,6 +90,12 @@ def test_only_a_run_with_the_same_seed_and_profile_is_compared(
         reproduce.accept(tmp_path, 3, None)
 
 
+def test_kills_are_spread_over_the_run() -> None:
+    found = reproduce.moments(5, 6.0, seed=1)
+    assert found == reproduce.moments(5, 6.0, seed=1) != reproduce.moments(5, 6.0, seed=2)
+    assert len(found) == 5 and all(18 <= seconds <= 102 for seconds in found)
+
+
 def test_differing_files_are_named(tmp_path: Path) -> None:
     for name, weight in (("a", "1"), ("b", "2")):
         (tmp_path / name / "checkpoint").mkdir(parents=True)
