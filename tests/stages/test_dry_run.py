@@ -141,14 +141,23 @@ def test_assess_scores_right_paths_only_and_filters_all(workspace: Path, metrics
 
 
 def test_pairs_are_right_against_wrong_of_the_same_question(workspace: Path, metrics: Any) -> None:
-    asked, pairs, numbers = questions(), rows("rounds/r1/score/pairs"), metrics("rounds/r1/score")
+    pairs, numbers = rows("rounds/r1/score/pairs"), metrics("rounds/r1/score")
+    paths = read_paths("artifacts/rounds/r1/score/paths.jsonl")
     assert len(pairs) == numbers["pairs"]["kept"] > 0
-    for pair in pairs:
-        answer = asked[pair["question_id"]].answer
-        assert pair["chosen"].endswith(f"Answer: {answer}\n</thoughts>")
-        assert not pair["rejected"].endswith(f"Answer: {answer}\n</thoughts>")
+    for pair in pairs:  # the profile cuts pairs to the first step that differs
+        sides = {
+            right: [
+                p.text for p in paths if p.question_id == pair["question_id"] and (p.right is True) == right
+            ]
+            for right in (True, False)
+        }
+        assert any(text.startswith(pair["prefix"] + pair["chosen"]) for text in sides[True])
+        assert any(text.startswith(pair["prefix"] + pair["rejected"]) for text in sides[False])
+        assert pair["chosen"] != pair["rejected"] and pair["chosen"].count("\n") <= 1
         assert pair["margin"] == pair["chosen_score"] - pair["rejected_score"] > 0
-    assert len(pairs) + sum(numbers["pairs"]["dropped"].values()) == numbers["questions"]
+    dropped, paired = numbers["pairs"]["dropped"], {pair["question_id"] for pair in pairs}
+    assert len(paired) + dropped.get("all_right", 0) + dropped.get("all_wrong", 0) <= numbers["questions"]
+    assert len(paired) + sum(dropped.values()) >= numbers["questions"]
     assert {"mean", "chosen_mean", "rejected_mean"} <= numbers["length"].keys()
     assert numbers["paths"] + numbers["failed"] == 12 * 4
     assert metrics("rounds/r1/dpo")["pairs"] == len(pairs)
