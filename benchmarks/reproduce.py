@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +75,20 @@ def checkpoints(folder: Path, paths: Sequence[str]) -> list[str]:
 
 def run_once(
     folder: Path, seed: int, profile_name: str | None, rounds: int | None, kills: Sequence[float] = ()
-) -> float:
+) -> tuple[float, int]:
     """A fresh clone with everything run by `dvc repro`, or by the flow, killed after each of `kills` seconds
-    since its last start; returns seconds."""
+    since its last start; returns the minutes it took and how often it was killed."""
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     workspace.make(folder, seed, profile_name=profile_name, rounds=rounds)
-    for number, seconds in enumerate(kills):
-        kill_after(folder, seconds, whole=number % 2 == 0)
+    killed = sum(kill_after(folder, seconds, whole=turn % 2 == 0) for turn, seconds in enumerate(kills))
     workspace.execute(folder, [*FLOW, "run"] if kills else ["dvc", "repro"])
     if stale := workspace.waiting(folder):
         raise WorkspaceError(f"{', '.join(stale)} are stale after the run in {folder}")
     stages = {stage.name for stage in pipeline.stages(folder)}
-    print(f"{folder.name} run: {len(stages)} stages in {(time.monotonic() - began) / 60:.1f} min", flush=True)
-    return time.monotonic() - began
+    minutes = (time.monotonic() - began) / 60
+    print(f"{folder.name} run: {len(stages)} stages in {minutes:.1f} min", flush=True)
+    return minutes, killed
 
 
 def moments(kills: int, minutes: float, seed: int) -> list[float]:
@@ -96,8 +97,9 @@ def moments(kills: int, minutes: float, seed: int) -> list[float]:
     return [minutes * 60 / (kills + 1) * draw.uniform(0.3, 1.7) for _ in range(kills)]
 
 
-def kill_after(folder: Path, seconds: float, *, whole: bool) -> None:
-    """Start the flow in `folder` and end it by SIGKILL: the flow itself (`whole`), or the stage under it."""
+def kill_after(folder: Path, seconds: float, *, whole: bool) -> bool:
+    """Start the flow in `folder` and end it by SIGKILL: the flow itself (`whole`), or the stage under it.
+    False if it ended before."""
     import psutil
 
     log = folder / ".work" / "logs" / "killed.log"
@@ -113,16 +115,26 @@ def kill_after(folder: Path, seconds: float, *, whole: bool) -> None:
         try:
             if flow.wait(seconds) != 0:
                 raise WorkspaceError(f"the run in {folder} failed before it was killed: see {log}")
-            print(f"the run ended before {seconds:.0f} s: not killed", flush=True)
-            return
         except psutil.TimeoutExpired:
-            pass
-        stages = [p for p in flow.children(recursive=True) if any("tasks." in word for word in p.cmdline())]
-        victim = flow if whole or not stages else stages[-1]
-        running = victim.cmdline()[-1]
-        victim.kill()
-        flow.wait()
-    print(f"killed after {seconds:.0f} s: {'the flow' if victim is flow else running}", flush=True)
+            stage = None if whole else stage_of(flow)
+            (stage or flow).kill()
+            flow.wait()
+            print(f"killed after {seconds:.0f} s: {'the stage' if stage else 'the flow'}", flush=True)
+            return True
+    print(f"ended before {seconds:.0f} s: not killed", flush=True)
+    return False
+
+
+def stage_of(flow: Any) -> Any:
+    """The process of the stage that runs under the flow, or None between two stages."""
+    import psutil
+
+    for process in flow.children(recursive=True):
+        with suppress(psutil.Error):
+            module = process.cmdline()[2:3]
+            if module and module[0].startswith("tasks.") and module != ["tasks.recorder"]:
+                return process
+    return None
 
 
 def accept(folder: Path, seed: int, profile_name: str | None) -> None:
@@ -208,19 +220,21 @@ def main() -> int:
             for folder in fresh:
                 last = folder is folders[-1]
                 kills = moments(args.kill, minutes[0] if minutes else MINUTES, args.seed) if last else []
-                minutes.append(run_once(folder, args.seed, args.profile, args.rounds, kills) / 60)
+                took, killed = run_once(folder, args.seed, args.profile, args.rounds, kills)
+                minutes.append(took)
             found = [outputs(folder) for folder in folders]
             wrong = differing(*found)
             explain(folders, wrong)
             rows, table = judge(found, checkpoints(folders[0], sorted(found[0])), minutes)
+            if args.kill:
+                held = killed == args.kill
+                rows.append(Row("kills of the second run", killed, "kills", f"= {args.kill}", held))
             if not args.keep and not wrong:
                 for folder in fresh:
                     shutil.rmtree(folder)
     except (WorkspaceError, pipeline.PipelineError, profile.ProfileError) as error:
         sys.exit(str(error))
-    name = "-".join(
-        ["reproduce", *([args.profile] if args.profile else []), *(["killed"] if args.kill else [])]
-    )
+    name = "-".join(filter(None, ["reproduce", args.profile, "killed" if args.kill else None]))
     return results.finish(name, rows, [results.row_table(name, rows), table], args.save)
 
 

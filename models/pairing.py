@@ -111,22 +111,24 @@ def first_difference(pair: Pair) -> Pair:
     shared, last = 0, min(len(chosen), len(rejected)) - 1
     while shared < last and chosen[shared] == rejected[shared]:
         shared += 1
+    (left, left_goes_on), (right, right_goes_on) = (
+        _first_step(chosen[shared:]),
+        _first_step(rejected[shared:]),
+    )
     return replace(
         pair,
         prefix="".join(chosen[:shared]),
-        chosen=_step(chosen[shared:]),
-        rejected=_step(rejected[shared:]),
-        chosen_goes_on=len(chosen) - shared > CLOSING,
-        rejected_goes_on=len(rejected) - shared > CLOSING,
+        chosen=left,
+        rejected=right,
+        chosen_goes_on=left_goes_on,
+        rejected_goes_on=right_goes_on,
     )
 
 
-CLOSING = 2
-"""Lines of a text's end: the last step, and the frame that closes."""
-
-
-def _step(lines: list[str]) -> str:
-    return "".join(lines[:1] if len(lines) > CLOSING else lines)
+def _first_step(lines: list[str]) -> tuple[str, bool]:
+    """The first of the lines and that more follow; the last step with the frame that closes it."""
+    goes_on = len(lines) > 2
+    return "".join(lines[:1] if goes_on else lines), goes_on
 
 
 def distinct(paths: Sequence[ReasoningPath]) -> list[ReasoningPath]:

@@ -119,7 +119,7 @@ class Encoder:
     def answer_ids(self, text: str, goes_on: bool = False) -> list[int]:
         """An assistant text as it stands in a conversation: its tokens and, unless it goes on,
         the end of turn."""
-        tokens = self._tokens(self._plain(text)) if text else []
+        tokens = self._tokens(self._plain(text))
         return tokens if goes_on else [*tokens, self.tokenizer.eos_token_id]
 
     def pixels(self, images: Sequence[str]) -> Mapping[str, torch.Tensor]:
