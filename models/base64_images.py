@@ -16,6 +16,8 @@ from typing import Any
 ROW_GROUP = 64
 ROW_GROUP_CHARS = 2**24
 """Images, and characters of base64, at which a row group ends: what one lazy access reads."""
+KEPT_BYTES = 2**28
+"""Row groups kept in memory: training draws images in random order, and reads one for each that is not."""
 INDEX_NAMES = ("image_id", "__index_level_0__", "id", "index")
 
 BAD_BASE64 = "not base64"
@@ -116,9 +118,9 @@ class JsonImages(Mapping[str, bytes]):
 
 
 class ParquetImages(Mapping[str, bytes]):
-    """Images of a parquet file: ids in memory, pixels read by row group, the last few groups kept."""
+    """Images of a parquet file: ids in memory, pixels read by row group, the groups used last kept."""
 
-    def __init__(self, path: str | Path, groups_kept: int = 4) -> None:
+    def __init__(self, path: str | Path, kept_bytes: int = KEPT_BYTES) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -130,12 +132,14 @@ class ParquetImages(Mapping[str, bytes]):
         index = next((name for name in INDEX_NAMES if name in names), None)
         if "base64" not in names or index is None:
             raise MimicItError(f"{path}: needs the column base64 and the index image_id, has {names}")
+        ids = iter(self._file.read(columns=[index]).column(0).to_pylist())
+        sizes = [self._file.metadata.row_group(group) for group in range(self._file.num_row_groups)]
         self._places: dict[str, tuple[int, int]] = {}
-        for group in range(self._file.num_row_groups):
-            ids = self._file.read_row_group(group, columns=[index]).column(0).to_pylist()
-            for row, name in enumerate(ids):
-                self._places.setdefault(str(name), (group, row))
-        self._group = lru_cache(maxsize=groups_kept)(self._read_group)
+        for group, size in enumerate(sizes):
+            for row in range(size.num_rows):
+                self._places.setdefault(str(next(ids)), (group, row))
+        largest = max((size.total_byte_size for size in sizes), default=1)
+        self._group = lru_cache(maxsize=max(1, kept_bytes // largest))(self._read_group)
 
     def _read_group(self, group: int) -> Any:
         return self._file.read_row_group(group, columns=["base64"]).column(0)

@@ -74,7 +74,7 @@ def test_pandas_reads_our_images_and_we_read_those_of_pandas(tmp_path):
 
 def test_parquet_images_are_read_by_group_when_asked_for(tmp_path):
     write_parquet_images(tmp_path / "images.parquet", IMAGES)
-    images = ParquetImages(tmp_path / "images.parquet", groups_kept=1)
+    images = ParquetImages(tmp_path / "images.parquet", kept_bytes=1)
     read, real = [], images._file.read_row_group
     images._file.read_row_group = lambda group, **options: read.append(group) or real(group, **options)
     assert len(images) == 70 and "img069" in images and "none" not in images
