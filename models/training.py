@@ -291,18 +291,19 @@ def train_sft(
     budget: Budget,
     folder: str | Path,
     seed: int,
-    images: ImageSource | str | Path = "data",
+    images: ImageSource | str | Path | Encoder = "data",
     report: Report | None = None,
 ) -> dict[str, float]:
     """Train in place on the assistant texts; returns numbers of the run.
-    folder: trainer checkpoints, for resuming.
+    folder: trainer checkpoints, for resuming. images: as `Encoder` takes them, or an encoder of the same
+    processor that has met them before.
 
     Raises TrainingError for an empty set and for a run that trained nothing.
     """
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    encoder = Encoder(processor, images)
+    encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
     rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
     if not rows:
         raise TrainingError(

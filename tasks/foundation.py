@@ -24,7 +24,9 @@ from tasks.stage import StageError, StageRun, open_stage, settings
 from tasks.training_log import training_report
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel
+
+    from models.vlm import Encoder
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
 
     from models.images import data_and_instruct_images
     from models.mimicit import general_conversations
-    from models.vlm import load, save
+    from models.vlm import Encoder, load, save
 
     set_seed(seed)
     images = data_and_instruct_images("data", instruct)
+    encoder: Encoder | None = None  # one for all: every board is opened and processed once
     numbers: dict[str, Any] = {}
     lessons = general_conversations(instruct)
     for role, parent, conversations, budget in (
@@ -63,10 +66,13 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
     ):
         kept = stage.scratch / role
         if not (kept / "done").exists():
-            model, processor = (
-                load(stage.scratch / parent) if parent else _new_model(p, seed, instruct, images, stage)
-            )
-            numbers[role] = _train(role, model, processor, conversations, budget, seed, images, stage)
+            if parent:
+                model, processor = load(stage.scratch / parent)
+                encoder = encoder or Encoder(processor, images)
+            else:
+                model, encoder = _new_model(p, seed, instruct, images, stage)
+                processor = encoder.processor
+            numbers[role] = _train(role, model, encoder, conversations, budget, seed, stage)
             save(model, processor, kept)
             (kept / "done").write_text(_dump(numbers[role]))
         numbers[role] = _read(kept / "done")
@@ -82,24 +88,22 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
 def _train(
     role: str,
     model: PreTrainedModel,
-    processor: ProcessorMixin,
+    encoder: Encoder,
     conversations: list[Any],
     budget: Budget,
     seed: int,
-    images: Callable[[str], Any],
     stage: StageRun,
 ) -> dict[str, Any]:
     from models.training import train_sft
 
+    steps = stage.scratch / f"{role}-steps"
     with training_report(stage, role) as report:
-        return train_sft(
-            model, processor, conversations, budget, stage.scratch / f"{role}-steps", seed, images, report
-        )
+        return train_sft(model, encoder.processor, conversations, budget, steps, seed, encoder, report)
 
 
 def _new_model(
     p: Params, seed: int, instruct: Path, images: Callable[[str], Any], stage: StageRun
-) -> tuple[PreTrainedModel, ProcessorMixin]:
+) -> tuple[PreTrainedModel, Encoder]:
     """Tokenizer from the lessons' texts, untrained model, vision pre-training on the boards."""
     import torch
 
@@ -125,7 +129,7 @@ def _new_model(
             stage.log_metrics({"vision/loss": loss}, step=step)
 
         align_vision(model, pixels, torch.tensor([b["digits"] for b in boards]), p.vision, seed, report)
-    return model, processor
+    return model, encoder
 
 
 def _protocol(instruct: Path, prompts: str) -> list[Any]:

@@ -361,6 +361,25 @@ def test_a_shared_beginning_is_read_and_not_trained_on(tiny_processor: Any) -> N
     assert trained == [len(row["chosen"]), len(row["rejected"])]
 
 
+def test_an_encoder_that_has_met_the_pictures_opens_none_again(
+    tiny_model: Any, tiny_processor: Any, tmp_path: Path
+) -> None:
+    from models.vlm import Encoder
+
+    opened: list[str] = []
+
+    def noted(name: str) -> Any:
+        opened.append(name)
+        return picture(name)
+
+    encoder, models = Encoder(tiny_processor, noted), [tiny_model(), tiny_model()]
+    seen = []
+    for number, model in enumerate(models):
+        train_sft(model, tiny_processor, lessons(), BUDGET, tmp_path / str(number), 0, encoder)
+        seen.append(len(opened))
+    assert same(*models) and 0 < seen[0] == seen[1]
+
+
 def test_batches_hold_rows_of_like_length_and_every_epoch_has_its_own_order() -> None:
     lengths = [int(n) for n in np.random.default_rng(0).integers(20, 300, size=403)]
     sampler = LengthBuckets(lengths, 8, seed=3)
