@@ -95,7 +95,7 @@ def prepare(seeds: Sequence[int], profile_name: str | None, rounds: int | None) 
 
 
 def adopt(folders: Sequence[Path]) -> dict[int, Path]:
-    """Checkouts in which the pipeline has run, by the seed of their params.yaml."""
+    """Checkouts in which the whole pipeline has run, by the seed of their params.yaml."""
     found: dict[int, Path] = {}
     for folder in folders:
         missing = [
@@ -185,6 +185,9 @@ def load(home: Home, rounds: Sequence[str]) -> dict[str, Rows]:
 
 def run(homes: Mapping[int, Home]) -> tuple[list[results.Row], list[results.Table]]:
     """Do what is to do, then pool: rows and tables."""
+    for home in homes.values():
+        if home.adopted and (stale := workspace.waiting(home.folder, UNTIL)):
+            raise WorkspaceError(f"{', '.join(stale)} are stale in {home.folder}: run the pipeline there")
     rounds = common_rounds({seed: home.folder for seed, home in homes.items()})
     profiles = {str(params.read(home.folder / "params.yaml").get("profile")) for home in homes.values()}
     walk(plan(homes), Pace(WORK / "pace.json", "+".join(sorted(profiles))))

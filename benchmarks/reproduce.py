@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks import results, workspace
 from benchmarks.results import Row, Table
 from benchmarks.workspace import WorkspaceError
-from flows import pipeline, profile
+from flows import pipeline, profile, supervise
 from tasks import params
 
 RUNS = ("first", "second")
@@ -111,16 +111,23 @@ def kill_after(folder: Path, seconds: float, *, whole: bool) -> bool:
             env=workspace.environment(folder),
             stdout=said,
             stderr=said,
+            preexec_fn=supervise.die_with_parent,
         )
         try:
             if flow.wait(seconds) != 0:
                 raise WorkspaceError(f"the run in {folder} failed before it was killed: see {log}")
         except psutil.TimeoutExpired:
             stage = None if whole else stage_of(flow)
-            (stage or flow).kill()
-            flow.wait()
+            with suppress(psutil.NoSuchProcess):  # it ended this instant: the flow is killed below
+                if stage:
+                    stage.kill()
+                    flow.wait()
             print(f"killed after {seconds:.0f} s: {'the stage' if stage else 'the flow'}", flush=True)
             return True
+        finally:
+            with suppress(psutil.NoSuchProcess):
+                flow.kill()
+                flow.wait()
     print(f"ended before {seconds:.0f} s: not killed", flush=True)
     return False
 
@@ -229,13 +236,14 @@ def main() -> int:
             if args.kill:
                 held = killed == args.kill
                 rows.append(Row("kills of the second run", killed, "kills", f"= {args.kill}", held))
+            name = "-".join(filter(None, ["reproduce", args.profile, "killed" if args.kill else None]))
+            status = results.finish(name, rows, [results.row_table(name, rows), table], args.save)
             if not args.keep and not wrong:
                 for folder in fresh:
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
+            return status
     except (WorkspaceError, pipeline.PipelineError, profile.ProfileError) as error:
         sys.exit(str(error))
-    name = "-".join(filter(None, ["reproduce", args.profile, "killed" if args.kill else None]))
-    return results.finish(name, rows, [results.row_table(name, rows), table], args.save)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ SYSTEMS = (*TRAINED, "summary_only")
 OUT = Path(".work/ablation-systems")
 BASE, CURATED = Path("artifacts/foundation/base"), Path("artifacts/curate/reasoning.jsonl")
 SUMMARY, INSTRUCT = Path("artifacts/summary_sft/checkpoint"), Path("artifacts/instruct")
-ENGINES = ("engines/base", "engines/local")
-CODE = ("agents", "answers", "images", "mimicit", "reasoning", "records", "training", "vlm", *ENGINES)
+ENGINES = ("engines/base", "engines/kv_cache", "engines/local")
+LEARNING = ("images", "base64_images", "mimicit", "muon", "training", "vlm")
+CODE = ("agents", "answers", "reasoning", "records", *LEARNING, *ENGINES)
 
 
 def conversations(
@@ -142,7 +143,8 @@ def folder(system: str, code: Path = ROOT) -> Path:
 
 
 def _code(root: Path) -> str:
-    files = [root / "benchmarks/systems.py", *(root / "models" / f"{name}.py" for name in CODE)]
+    files = [root / "benchmarks/systems.py", root / "tasks/evaluate.py"]
+    files += [*(root / "models" / f"{name}.py" for name in CODE)]
     files += sorted((root / "models/prompts").rglob("*.txt"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()
 

@@ -49,6 +49,9 @@ def ensure(root: Path, say: Callable[[str], None] = print) -> str:
         return track(root, "boards")
     state = pipeline.data_states(root)[POINTER]
     if state.state == pipeline.STALE and (root / FOLDER).is_dir() and any((root / FOLDER).iterdir()):
+        if _same_version(root):  # killed between building and committing, or the cache was deleted
+            _dvc(root, "commit", "--quiet", "--force", POINTER)
+            return str(version(root))
         raise DataError(
             f"{FOLDER}/ is not what {POINTER} says ({state.reason}).\n"
             f"  to go back to the tracked version:  dvc checkout {POINTER} --force\n"

@@ -91,7 +91,8 @@ def parent_run(root: Path, profile: str) -> Iterator[ParentRun]:
 
 
 def read_note(root: Path) -> dict[str, Any]:
-    """What the last run of this checkout left for the next: its Prefect and MLflow run ids."""
+    """What the last run of this checkout left for the next: its Prefect and MLflow run ids, and `unfinished`
+    if not everything that it made was pushed and published."""
     try:
         return json.loads(work("run.json", base=root).read_text(encoding="utf-8"))
     except (OSError, ValueError):

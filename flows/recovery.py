@@ -46,12 +46,14 @@ def exclusive(root: Path) -> Iterator[list[str]]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        with _marked(root):
+        with marked(root):
             yield clean(root)
 
 
 @contextlib.contextmanager
-def _marked(root: Path) -> Iterator[None]:
+def marked(root: Path) -> Iterator[None]:
+    """Whatever is started inside carries this process's mark. Prefect starts its temporary server before the
+    body of a flow runs: who calls the flow marks first."""
     before = {name: os.environ.get(name) for name in (OWNER, "LONGVIEW_ROOT")}
     os.environ.update({OWNER: f"{os.getpid()}:{process_started(os.getpid())}", "LONGVIEW_ROOT": str(root)})
     try:

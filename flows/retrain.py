@@ -83,14 +83,20 @@ def retrain(
         stages = pipeline.select(pipeline.stages(root), until)
         names = [s.name for s in stages]
         with ExitStack() as stack:
+            held = read_note(root)  # of a run that ended before all was pushed and published
             if pipeline.pending(root, names):
+                write_note(root, unfinished="yes")
                 stack.enter_context(_recorder())
             parent = stack.enter_context(parent_run(root, str(profile_of(root))))
+            if held.get("unfinished") and held.get("parent_run_id"):
+                parent.id()  # goes on
             walk = Walk(root, stages, parent, stage_timeout_s)
             walk_all(walk)
             check_nothing_stale(str(root), names)
-            pushed = push(str(root)) if len(walk.did("skipped")) < len(stages) else 0
+            executed = len(walk.did("skipped")) < len(stages)
+            pushed = push(str(root)) if executed or held.get("unfinished") else 0
             publish(root, parent.opened)
+            write_note(root, unfinished=None)
         return asdict(Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed))
 
 
@@ -179,8 +185,10 @@ def _noted(root: Path) -> Iterator[None]:
         ):  # another server may be in use by now
             client.set_flow_run_state(dead, Crashed(message="killed; continued by a later run"), force=True)
     write_note(root, flow_run_id=flow_run.id)
-    yield
-    write_note(root, flow_run_id=None)
+    try:
+        yield
+    finally:  # only a kill leaves the note: a run that failed has said so itself
+        write_note(root, flow_run_id=None)
 
 
 def main() -> None:
@@ -194,7 +202,8 @@ def main() -> None:
     parser.add_argument("--force", action="store_true")
     args = parser.parse_args()
     try:
-        summary = retrain(args.profile, args.rounds, args.until, args.force)
+        with recovery.marked(find_root()):
+            summary = retrain(args.profile, args.rounds, args.until, args.force)
     except EXPECTED as error:
         sys.exit(f"\n{error}")
     print(

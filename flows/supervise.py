@@ -36,7 +36,7 @@ def main() -> int:
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the stage itself; the flow then sends SIGTERM
     _prctl(PR_SET_CHILD_SUBREAPER)  # what a killed `dvc` leaves behind becomes our child, not init's
-    process = subprocess.Popen(command, preexec_fn=_die_with_parent)
+    process = subprocess.Popen(command, preexec_fn=die_with_parent)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = process.wait(timeout=POLL_S)
@@ -47,7 +47,8 @@ def main() -> int:
             return 128 + signal.SIGTERM
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """For a child between fork and exec: SIGKILL when its parent ends, Ctrl-C as by default."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -37,6 +37,7 @@ def align_vision(
     report: Callable[[float, int, int], None] | None = None,
 ) -> float:
     """Train the vision tower and the connector in place; returns the last loss.
+    Raises TrainingError if nothing moved or a loss is not finite.
 
     pixel_values(indices): images [n, 3, height, width]; digits: [images,
     cells], in the order of the image tokens.
@@ -44,12 +45,18 @@ def align_vision(
     import torch
     from torch.nn import functional
 
+    from models.training import Guard, TrainingError
+
+    if settings.steps < 1:
+        raise TrainingError("vision pre-training of 0 steps trains nothing: set foundation.vision.steps")
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     hidden, cells = model.config.text_config.hidden_size, digits.shape[1]
     what, where = torch.nn.Linear(hidden, 10), torch.nn.Linear(hidden, cells)
     tower, connector = model.model.vision_model, model.model.connector
     weights = [p for part in (tower, connector, what, where) for p in part.parameters()]
+    trained = torch.nn.ModuleList([tower, connector])
+    guard = Guard(trained)
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.1, cycle_momentum=False
@@ -63,10 +70,12 @@ def align_vision(
         loss = loss + settings.place_weight * functional.cross_entropy(where(tokens).flatten(0, 1), places)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
         value = float(loss.detach())
+        guard.log({"loss": value, "grad_norm": float(norm)}, step + 1)
         if report and (step + 1) % 20 == 0:
             report(value, step + 1, settings.steps)
+    guard.finish(trained, settings.steps)
     return value

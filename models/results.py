@@ -3,7 +3,8 @@
     python -c "from models.results import accuracy; print(accuracy([{'right': True}, {'right': False}]))"
 
 A prediction is a row of predictions.jsonl: id, set, split, family, right, reasoning_right, reasoning_tokens,
-failure. An answer that failed counts as wrong, and is counted as failed besides.
+failure. A failure is counted; whether the answer is right is the answer's own matter: a summary agent whose
+reasoner wrote nothing readable answers alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def select(rows: Iterable[Mapping[str, Any]], name: str) -> list[Mapping[str, An
 
 
 def accuracy(rows: Rows) -> dict[str, Any]:
-    """Share of right answers with Wilson's 95% interval; `failures` of them gave no answer at all."""
+    """Share of right answers with Wilson's 95% interval; in `failures` of them a chain or an answer could not
+    be read, or was cut off."""
     share = asdict(wilson(sum(bool(row["right"]) for row in rows), len(rows)))
     return {**share, "failures": sum(row.get("failure") is not None for row in rows)}
 
@@ -125,7 +127,8 @@ def table_rows(
         f"Accuracy in % with 95% intervals (Wilson) on {n['reasoning']:,} reasoning and {n['perception']:,} "
         f"perception test questions, and {n['validation']:,} validation questions. Differences in points on "
         "reasoning, with 95% intervals of the paired bootstrap. Tokens: mean length of the reasoning. "
-        "Failed: answers that could not be read, counted as wrong."
+        "Failed: chains that could not be read or were cut off (the summary agent then answers alone), and "
+        "answers that were cut off."
     )
     return {"head": list(HEAD), "rows": rows, "caption": caption}
 

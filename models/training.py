@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.folders import drop
 from models.images import ImageSource
 from models.vlm import IGNORE, Conversation, Encoder, pad, stack_pixels
 
@@ -118,7 +119,7 @@ def freeze_vision(model: PreTrainedModel) -> None:
 class Guard:
     """Watches one run: finite loss and gradients at every log, and every trained tensor moved in the end."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self.before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
         self.norms: list[float] = []
 
@@ -132,7 +133,7 @@ class Guard:
         if "grad_norm" in numbers:
             self.norms.append(numbers["grad_norm"])
 
-    def finish(self, model: PreTrainedModel, steps: int) -> None:
+    def finish(self, model: torch.nn.Module, steps: int) -> None:
         """Refuse a run in which nothing, or not everything that should, has moved."""
         import torch
 
@@ -345,7 +346,8 @@ def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, flo
     model.config.use_cache = True
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        drop(folder)  # half of a checkpoint would be taken for one
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = losses[-5:]
     return {

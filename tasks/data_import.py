@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.data_report import Report, describe
+from models.folders import drop
 from models.importing import Rules, Scan, iter_questions, record_paths, scan_folder
 from models.records import write_jsonl
 from tasks.meter import meter
@@ -251,7 +252,7 @@ def _swap(repo: Repo, root: Path, work: Path) -> str:
         else:
             pointer.write_bytes(before)
         raise
-    _drop(old)
+    drop(old, old.with_name("gone"))
     return version
 
 
@@ -268,7 +269,7 @@ def _recover(repo: Repo, root: Path, work: Path) -> None:
     if (work / "old").is_dir():
         if _is_clean(repo, root):
             _mark(repo, root)
-            _drop(work / "old")
+            drop(work / "old", work / "gone")
         else:
             _restore(root, work)
     shutil.rmtree(work / "gone", ignore_errors=True)
@@ -276,18 +277,10 @@ def _recover(repo: Repo, root: Path, work: Path) -> None:
 
 def _restore(root: Path, work: Path) -> None:
     if (root / DATA).exists():
-        _drop(root / DATA, work / "gone")
+        drop(root / DATA, work / "gone")
     (work / "old").rename(root / DATA)
     if not any((root / DATA).iterdir()):
         (root / DATA).rmdir()
-
-
-def _drop(folder: Path, gone: Path | None = None) -> None:
-    """Remove a folder; killed on the way, it leaves nothing that could be taken for a whole one."""
-    gone = gone or folder.with_name("gone")
-    shutil.rmtree(gone, ignore_errors=True)
-    folder.rename(gone)
-    shutil.rmtree(gone)
 
 
 # The command line ----------------------------------------------------------------

@@ -97,7 +97,7 @@ def length(path: Path, comparison: Mapping[str, Any]) -> bool:
         axes[0].set_xticks(range(len(names)), [title(name) for name in names])
         if comparison["rounds"]:
             _by_round(axes[1], comparison["rounds"], "length")
-            axes[1].set(title="Sampled paths by round", ylabel="Tokens, mean")
+            axes[1].set(title="Sampled paths by round", ylabel="Words, mean")
             axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
 
     columns = 2 if comparison["rounds"] else 1

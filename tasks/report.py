@@ -191,8 +191,9 @@ def _figures(
             "rounds.png",
             "Accuracy and reward by round",
             "Left: each generation on test questions and on the validation questions that choose among them. "
-            "Right: what the judge thinks of the paths each round sampled. Reward that rises while accuracy "
-            "does not is a judge being pleased, not an agent being right.",
+            "Right: what the judge thinks of the paths each round sampled, of questions with right and wrong "
+            "ones. Reward that rises while accuracy does not is a judge being pleased, not an agent being "
+            "right.",
             lambda path: figures.rounds(path, comparison),
         ),
         Figure(

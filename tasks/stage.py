@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from models.folders import drop
 from tasks import tracking
 from tasks.fingerprint import fingerprint, text_md5
 
@@ -130,7 +131,7 @@ def open_stage(
     except BaseException as error:
         _close_failed(recorder, error)
         raise
-    shutil.rmtree(scratch)
+    drop(scratch)
 
 
 def manifest(name: str, inputs: Mapping[str, str], params: Mapping[str, Any], out: Path) -> dict[str, Any]:

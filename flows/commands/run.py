@@ -50,6 +50,7 @@ def run(
     from flows import data, pipeline, recovery
     from flows import profile as profiles
     from flows.environment import root as find_root
+    from flows.parent_run import read_note
     from tasks.params import ParamsError
 
     root = find_root()
@@ -61,7 +62,8 @@ def run(
             ]:
                 typer.echo(line)
             names = [s.name for s in pipeline.select(pipeline.stages(root), until)]
-            if data.is_current(root) and not pipeline.pending(root, names):
+            finished = not read_note(root).get("unfinished")
+            if finished and data.is_current(root) and not pipeline.pending(root, names):
                 done = f"{len(names)} stages, nothing to run"
                 typer.echo(f"everything is up to date: {done} ({_since(began)})")
                 return
@@ -76,10 +78,13 @@ def _flow(
     address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     temporary = "a temporary server is starting (`longview up` keeps one running)"
     typer.echo(f"Prefect: {address or temporary}")
+    from flows.environment import root
+    from flows.recovery import marked
     from flows.retrain import EXPECTED, retrain
 
     try:
-        done = retrain(profile, rounds, until, force, timeout_s)
+        with marked(root()):
+            done = retrain(profile, rounds, until, force, timeout_s)
     except EXPECTED as error:
         _stop(error)
     except KeyboardInterrupt:

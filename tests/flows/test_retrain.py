@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from flows.parent_run import read_note
 from tests.support.mini import executed, flow_environment
 
 pytestmark = pytest.mark.flows
@@ -93,6 +94,7 @@ def test_failure_names_the_stage_its_log_and_what_to_do(project: Path, prefect_s
     message = str(caught.value)
     assert "stage 'side'" in message and ".work/logs/side.log" in message and "the disk is full" in message
     assert executed(project).count("side") == 1, "not a failure that another attempt cures"
+    assert "flow_run_id" not in read_note(project), "the next run would call it killed"
     (project / "control/side.fail").unlink()
     assert run(until="side")["ran"] == ["side"]
 
@@ -188,6 +190,56 @@ def test_input_changed_meanwhile_is_refused(project: Path, prefect_server: str) 
             run()
     finally:
         walk.Walk.visit = original  # type: ignore[method-assign]
+
+
+def test_what_could_not_be_pushed_is_pushed_by_the_next_run(
+    project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline, retrain
+
+    def unreachable(root: Path) -> int:
+        raise pipeline.PipelineError("the remote is away")
+
+    with monkeypatch.context() as away:
+        away.setattr(pipeline, "push", unreachable)
+        away.setattr(retrain.push, "retries", 0)
+        with pytest.raises(pipeline.PipelineError):
+            run()
+    assert read_note(project)["unfinished"]
+    again = run()
+    assert again["ran"] == [] and again["pushed"] > 0
+    assert run()["pushed"] == 0
+
+
+def test_a_killed_run_leaves_no_temporary_server(project: Path) -> None:
+    from flows import recovery
+
+    (project / "control/first.hang").touch()
+    with (project / "control/flow.log").open("ab") as log:
+        flow = subprocess.Popen(
+            [sys.executable, "-m", "flows.retrain"],
+            cwd=project,
+            env=flow_environment(project),
+            stdout=log,
+            stderr=log,
+        )
+    wait_for(lambda: stage_pid(project, "first"), 120)
+    servers = [p for p in psutil.Process(flow.pid).children() if "server" in " ".join(p.cmdline())]
+    assert servers
+    os.kill(flow.pid, signal.SIGKILL)
+    flow.wait()
+    recovery.clean(project)
+    assert not any(server.is_running() for server in servers)
+
+
+def test_whole_data_that_the_cache_lost_is_committed_again(project: Path, prefect_server: str) -> None:
+    import shutil
+
+    run(until="side")
+    for folder in (".dvc/cache", ".work/remote"):
+        shutil.rmtree(project / folder)
+    run(until="side")
+    assert list((project / ".dvc/cache").rglob("*.dir"))
 
 
 def test_data_that_is_not_what_data_dvc_says_is_refused(project: Path, prefect_server: str) -> None:

@@ -195,7 +195,7 @@ data_import.import_folder(sys.argv[1], sys.argv[2])
 """
 
 
-@pytest.mark.parametrize("where", ["rename:0", "rename:1", "rename:2", "call:_mark", "call:_drop"])
+@pytest.mark.parametrize("where", ["rename:0", "rename:1", "rename:2", "call:_mark", "call:drop"])
 def test_killed_anywhere_the_next_import_is_whole(checkout, tmp_path, where):
     old = import_folder(make_source(tmp_path / "one"), checkout)
     two = make_source(tmp_path / "two", answer="3")

@@ -361,6 +361,29 @@ def test_a_shared_beginning_is_read_and_not_trained_on(tiny_processor: Any) -> N
     assert trained == [len(row["chosen"]), len(row["rejected"])]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"learning_rate": 0.0}, "learning rate zero"), ({"learning_rate": 1e30}, "not finite|is nan|is inf"),
+     ({"steps": 0}, "trains nothing")],
+)  # fmt: skip
+def test_vision_pretraining_that_teaches_nothing_fails(
+    tiny_model: Any, settings: dict[str, Any], message: str
+) -> None:
+    import torch
+
+    from models.alignment import Alignment, align_vision
+
+    model = tiny_model()
+    vision = model.config.vision_config
+    cells = (vision.image_size // vision.patch_size // model.config.scale_factor) ** 2
+    images = torch.randn(6, 3, vision.image_size, vision.image_size)
+    digits = torch.arange(6 * cells).reshape(6, cells) % 10
+    with pytest.raises(TrainingError, match=message):
+        align_vision(
+            model, lambda chosen: images[chosen], digits, replace(Alignment(3, 2), **settings), seed=0
+        )
+
+
 def test_an_encoder_that_has_met_the_pictures_opens_none_again(
     tiny_model: Any, tiny_processor: Any, tmp_path: Path
 ) -> None:
