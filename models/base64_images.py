@@ -138,7 +138,7 @@ class ParquetImages(Mapping[str, bytes]):
         for group, size in enumerate(sizes):
             for row in range(size.num_rows):
                 self._places.setdefault(str(next(ids)), (group, row))
-        largest = max((size.total_byte_size for size in sizes), default=1)
+        largest = max([1, *(size.total_byte_size for size in sizes)])
         self._group = lru_cache(maxsize=max(1, kept_bytes // largest))(self._read_group)
 
     def _read_group(self, group: int) -> Any:
