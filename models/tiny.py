@@ -42,14 +42,14 @@ CHAT_TEMPLATE = (
     "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "{% endif %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-_WORDS = r" ?[A-Za-z]+| ?[0-9]{1,2}|\n| ?[^A-Za-z0-9\s]|\s+"
+_WORDS = r": | ?[A-Za-z]+| ?[0-9]{1,2}|\n| ?[^A-Za-z0-9\s]|\s+"
 
 
 @dataclass(frozen=True)
 class TinyConfig:
     """Sizes of the embedded model. Heads are 32 wide: the smallest that vLLM's CPU attention takes."""
 
-    vocabulary: int = 512
+    vocabulary: int = 576
     hidden: int = 160
     layers: int = 4
     intermediate: int = 480
@@ -68,7 +68,12 @@ class TinyConfig:
 
 def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which a number to 99 may be one token, trained on the corpus;
-    the same corpus gives the same bytes."""
+    the same corpus gives the same bytes.
+
+    A colon keeps the space behind it, so that what follows has the same tokens as where it stands alone: a
+    step's content in `Title: content` and in its JSON, an answer at the end of a chain and as a reply. A model
+    of this size does not learn from little data that two tokens mean one word.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

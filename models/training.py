@@ -205,12 +205,18 @@ class SftCollator:
         self.encoder = encoder
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels [rows, longest], and the image tensors."""
+        """input_ids, attention_mask and labels [rows, longest], and the image tensors.
+
+        The mask is all ones: padding stands on the right, where no token looks, and has no label. Without a
+        mask to apply attention takes its faster path.
+        """
+        import torch
+
         tokenizer = self.encoder.tokenizer
-        ids = [row["input_ids"] for row in rows]
+        input_ids = pad([row["input_ids"] for row in rows], tokenizer.pad_token_id, left=False)
         return {
-            "input_ids": pad(ids, tokenizer.pad_token_id, left=False),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=False),
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
             "labels": pad([row["labels"] for row in rows], IGNORE, left=False),
             **stack_pixels(self.encoder, [row["images"] for row in rows]),
         }
