@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.muon import orthogonalised
+from models.muon import ITERATIONS, NEWTON_SCHULZ, orthogonalised
 from models.preference import PreferenceExample, PreferenceLoss, train_preference
 from models.training import (
     Budget,
     Guard,
     LengthBuckets,
+    SftCollator,
     TrainingError,
     arguments,
     bucketed,
+    encode_rows,
     train_sft,
 )
-from models.vlm import Conversation
+from models.vlm import Conversation, Encoder
 from tests.support.tiny_vlm import lessons, picture
 
 BUDGET = Budget(epochs=2, batch_size=4, learning_rate=1e-3, save_steps=2)
@@ -131,6 +133,33 @@ def test_newton_schulz_brings_every_singular_value_near_one(shape: tuple[int, in
         values = torch.linalg.svdvals(after)
         assert 0.5 < float(values.median()) < 1.3 and float(values.max()) < 1.4
         assert float((before * after).sum()) > 0
+
+
+def test_newton_schulz_on_the_gram_matrix_is_newton_schulz() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 32, 96) * torch.rand(3, 32, 1)
+    a, b, c = NEWTON_SCHULZ
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    torch.testing.assert_close(orthogonalised(matrices), x, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_changes_no_row_of_a_batch(tiny_model: Any, tiny_processor: Any) -> None:
+    import torch
+
+    encoder = Encoder(tiny_processor, picture)
+    rows, _ = encode_rows(encoder, lessons(4), 512)
+    assert len({row["length"] for row in rows}) > 1
+    collate, model = SftCollator(encoder), tiny_model()
+    with torch.no_grad():
+        together = model(**collate(rows)).logits
+        for row, logits in zip(rows, together, strict=True):
+            alone = model(**collate([row])).logits[0]
+            torch.testing.assert_close(logits[: row["length"]], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_vision_trains_when_told_to(sft: Any, tiny_model: Any) -> None:

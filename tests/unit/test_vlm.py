@@ -175,6 +175,18 @@ def test_rows_with_different_numbers_of_images_make_one_batch(encoder: Encoder, 
             assert torch.allclose(together[n], alone[0], atol=1e-4)
 
 
+@pytest.mark.parametrize("text", ["no", "17", "it is 16"])
+def test_what_follows_a_colon_has_the_tokens_it_has_alone(text: str, tiny_processor: Any) -> None:
+    """An answer in a chain, in a step's JSON and as a reply: nothing to learn about that."""
+
+    def tokens(written: str) -> list[str]:
+        return tiny_processor.tokenizer.tokenize(written)
+
+    alone = tokens(text)
+    assert tokens(f"Answer: {text}") == [*tokens("Answer: "), *alone]
+    assert tokens(f"{PROTOCOL_TOKENS[3]}{text}") == [PROTOCOL_TOKENS[3], *alone]
+
+
 def test_padding() -> None:
     assert pad([[1, 2], [3]], 0, left=True).tolist() == [[1, 2], [0, 3]]
     assert pad([[1, 2], [3]], 0, left=False).tolist() == [[1, 2], [3, 0]]
