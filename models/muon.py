@@ -31,8 +31,8 @@ RMS = 0.2
 def orthogonalised(matrices: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrix to each of `matrices` [n, rows, columns], roughly.
 
-    The iteration X <- (aI + bG + cG²)X with G = XXᵀ runs on G alone, its factors gathered in Q, so that the long
-    side is met twice and not twice an iteration: the same result in half the time for 128 x 384.
+    The iteration X <- (aI + bG + cG²)X with G = XXᵀ runs on G alone, its factors gathered in Q, so that the
+    long side is met twice and not twice an iteration: the same result in half the time for 128 x 384.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]

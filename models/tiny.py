@@ -71,8 +71,8 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     the same corpus gives the same bytes.
 
     A colon keeps the space behind it, so that what follows has the same tokens as where it stands alone: a
-    step's content in `Title: content` and in its JSON, an answer at the end of a chain and as a reply. A model
-    of this size does not learn from little data that two tokens mean one word.
+    step's content in `Title: content` and in its JSON, an answer at the end of a chain and as a reply. A
+    model of this size does not learn from little data that two tokens mean one word.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
