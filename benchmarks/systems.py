@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,48 +68,48 @@ def split_answer(text: str) -> tuple[str | None, str]:
     return (reasoning + close, answer.strip()) if close else (None, "")
 
 
-def answer_in_one_go(
-    engine: Engine, questions: Sequence[Question], prompts: str, max_new_tokens: int
-) -> list[AgentAnswer]:
+async def answer_in_one_go(
+    engine: Engine, question: Question, prompts: str, max_new_tokens: int
+) -> AgentAnswer:
     """Reasoning and answer from one greedy completion; no answer where the reasoning does not end."""
     from models.agents import AgentAnswer, reason_prompt
-    from models.engines.base import Sampling
+    from models.engines.base import Failure, Request, Sampling
 
-    replies = engine.generate(
-        [reason_prompt(prompts, q) for q in questions], Sampling(max_new_tokens=max_new_tokens)
-    )
-    said = []
-    for reply in replies:
-        reasoning, answer = split_answer(reply.text)
-        failure = "no thoughts frame" if reasoning is None else None if answer else "no answer"
-        said.append(AgentAnswer(answer, reasoning, reply.tokens, failure if reply.finished else "cut off"))
-    return said
+    asked = Request(question.id, reason_prompt(prompts, question), Sampling(max_new_tokens=max_new_tokens))
+    reply = await engine.ask(asked)
+    if isinstance(reply, Failure):
+        return AgentAnswer("", failure=reply.reason)
+    reasoning, answer = split_answer(reply.text)
+    failure = "no thoughts frame" if reasoning is None else None if answer else "no answer"
+    return AgentAnswer(answer, reasoning, reply.tokens, failure if reply.finished else "cut off")
 
 
-def answer_in_two_turns(
-    engine: Engine, questions: Sequence[Question], prompts: str, reasoning_tokens: int, answer_tokens: int
-) -> list[AgentAnswer]:
+async def answer_in_two_turns(
+    engine: Engine, question: Question, prompts: str, reasoning_tokens: int, answer_tokens: int
+) -> AgentAnswer:
     """Reason in one turn, answer in the next, greedy. Whatever reasoning there is, the model is asked."""
     from models.agents import AgentAnswer, chain_failure, reason_prompt
-    from models.engines.base import Completion, Sampling
+    from models.engines.base import Failure, Request, Sampling
     from models.prompts import prompt
     from models.vlm import Conversation
 
-    asked = [reason_prompt(prompts, q) for q in questions]
-    chains = engine.generate(asked, Sampling(max_new_tokens=reasoning_tokens))
-    answer = (prompt(prompts, "answer"), "")
-    seconds = {
-        index: Conversation(first.images, [(first.turns[0][0], chain.text), answer])
-        for index, (first, chain) in enumerate(zip(asked, chains, strict=True))
-        if chain.text.strip()
-    }
-    replies = engine.generate(list(seconds.values()), Sampling(max_new_tokens=answer_tokens))
-    by_index = dict(zip(seconds, replies, strict=True))
-    nothing = Completion("", 0, True)
-    return [
-        AgentAnswer(by_index.get(index, nothing).text.strip(), chain.text, chain.tokens, chain_failure(chain))
-        for index, chain in enumerate(chains)
-    ]
+    first = reason_prompt(prompts, question)
+    sampling = Sampling(max_new_tokens=reasoning_tokens)
+    chain = await engine.ask(Request(f"{question.id}/reason", first, sampling, goes_on=True))
+    failure = chain_failure(chain)
+    if isinstance(chain, Failure):
+        return AgentAnswer("", failure=failure)
+    said = ""
+    if chain.text.strip():
+        turns = [(first.turns[0][0], chain.text), (prompt(prompts, "answer"), "")]
+        second = Conversation(first.images, turns)
+        sampling = Sampling(max_new_tokens=answer_tokens)
+        reply = await engine.ask(Request(f"{question.id}/answer", second, sampling))
+        if isinstance(reply, Failure):
+            failure = failure or reply.reason
+        else:
+            said = reply.text.strip()
+    return AgentAnswer(said, chain.text, chain.tokens, failure)
 
 
 def reasoner_alone(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -185,23 +184,22 @@ def train(system: str, home: Path) -> Path:
     return checkpoint
 
 
-def answers(
-    system: str, engine: Engine, questions: Sequence[Question], p: evaluate.Params
-) -> list[AgentAnswer]:
-    """What the system says to each question, greedy."""
+async def answer(system: str, engine: Engine, question: Question, p: evaluate.Params) -> AgentAnswer:
+    """What the system says to a question, greedy."""
     from models.agents import answer_directly
 
     if system == "direct_sft":
-        return answer_in_one_go(engine, questions, p.prompts, p.reasoning_tokens + p.answer_tokens)
+        return await answer_in_one_go(engine, question, p.prompts, p.reasoning_tokens + p.answer_tokens)
     if system == "multi_turn":
-        return answer_in_two_turns(engine, questions, p.prompts, p.reasoning_tokens, p.answer_tokens)
-    return answer_directly(engine, questions, p.prompts, p.answer_tokens)
+        return await answer_in_two_turns(engine, question, p.prompts, p.reasoning_tokens, p.answer_tokens)
+    return await answer_directly(engine, question, p.prompts, p.answer_tokens)
 
 
 def run(system: str) -> Path:
     """Train if need be, answer the test questions, write predictions.jsonl; return it."""
     from models.records import read_questions, write_jsonl
     from tasks import evaluate, params, roles
+    from tasks.sampling import run_all
 
     home = folder(system)
     done = home / "predictions.jsonl"
@@ -211,8 +209,8 @@ def run(system: str) -> Path:
     checkpoint = train(system, home) if system in TRAINED else SUMMARY
     p = params.load("evaluate", evaluate.Params)
     questions = read_questions(roles.RECORDS, split="test")
-    print(f"{system}: answering {len(questions):,} test questions", file=sys.stderr, flush=True)
-    said = answers(system, roles.engine(checkpoint, p.batch_size), questions, p)
+    engine = roles.engine(checkpoint, p.batch_size)
+    said = run_all(lambda q: answer(system, engine, q, p), questions, [engine], f"test questions of {system}")
     write_jsonl(done, [evaluate.prediction(q, a) for q, a in zip(questions, said, strict=True)])
     for other in home.parent.iterdir():
         if other != home:

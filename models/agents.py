@@ -1,7 +1,7 @@
 """The two agents at inference (METHOD 1.5; Insight-V section 3.3):
 one reasons, the other judges that and answers.
 
-    answers = answer_with_agents(reasoner, summariser, questions, "short")
+    answer = await answer_with_agents(reasoner, summariser, question, "short")
 
 The image goes to both. A reasoner whose output is no chain leaves the summary agent to answer by itself,
 and the failure is counted with its reason.
@@ -9,10 +9,10 @@ and the failure is counted with its reason.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from models.engines.base import Completion, Engine, Sampling
+from models.engines.base import Engine, Failure, Reply, Request, Sampling, derived_seed
 from models.prompts import fill
 from models.reasoning import StepError, parse_thoughts
 from models.records import FailedPath, Question, ReasoningPath
@@ -46,50 +46,53 @@ def direct_prompt(prompts: str, question: Question) -> Conversation:
     return Conversation(question.images, [(fill(prompts, "direct", question=question.question), "")])
 
 
-def answer_directly(
-    engine: Engine, questions: Sequence[Question], prompts: str, max_new_tokens: int = 32
-) -> list[AgentAnswer]:
-    """Answers without reasoning, greedy."""
-    replies = engine.generate(
-        [direct_prompt(prompts, q) for q in questions], Sampling(max_new_tokens=max_new_tokens)
+async def answer_directly(
+    engine: Engine, question: Question, prompts: str, max_new_tokens: int = 32
+) -> AgentAnswer:
+    """An answer without reasoning, greedy."""
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    return _answer(
+        await engine.ask(Request(f"{question.id}/direct", direct_prompt(prompts, question), sampling))
     )
-    return [
-        AgentAnswer(reply.text.strip(), failure=None if reply.finished else "answer cut off")
-        for reply in replies
-    ]
 
 
-def answer_with_agents(
+async def answer_with_agents(
     reasoner: Engine,
     summariser: Engine,
-    questions: Sequence[Question],
+    question: Question,
     prompts: str,
     reasoning_tokens: int = 4096,
     answer_tokens: int = 32,
-) -> list[AgentAnswer]:
+) -> AgentAnswer:
     """Reason, then judge and answer; greedy."""
-    chains = reasoner.generate(
-        [reason_prompt(prompts, q) for q in questions], Sampling(max_new_tokens=reasoning_tokens)
-    )
-    failures = [chain_failure(chain) for chain in chains]
-    asked = [
-        direct_prompt(prompts, q) if failure else summary_prompt(prompts, q, chain.text)
-        for q, chain, failure in zip(questions, chains, failures, strict=True)
-    ]
-    replies = summariser.generate(asked, Sampling(max_new_tokens=answer_tokens))
-    return [
-        AgentAnswer(
-            reply.text.strip(),
-            chain.text,
-            chain.tokens,
-            failure or (None if reply.finished else "answer cut off"),
-        )
-        for reply, chain, failure in zip(replies, chains, failures, strict=True)
-    ]
+    sampling = Sampling(max_new_tokens=reasoning_tokens)
+    chain = await reasoner.ask(Request(f"{question.id}/reason", reason_prompt(prompts, question), sampling))
+    failure = chain_failure(chain)
+    if failure or isinstance(chain, Failure):
+        said = await answer_directly(summariser, question, prompts, answer_tokens)
+        return replace(said, failure=failure, **_reasoning(chain))
+    prompt = summary_prompt(prompts, question, chain.text)
+    sampling = Sampling(max_new_tokens=answer_tokens)
+    said = _answer(await summariser.ask(Request(f"{question.id}/summary", prompt, sampling)))
+    return replace(said, **_reasoning(chain))
 
 
-def chain_failure(chain: Completion) -> str | None:
+def _answer(reply: Reply) -> AgentAnswer:
+    if isinstance(reply, Failure):
+        return AgentAnswer("", failure=reply.reason)
+    return AgentAnswer(reply.text.strip(), failure=None if reply.finished else "answer cut off")
+
+
+def _reasoning(chain: Reply) -> dict[str, Any]:
+    if isinstance(chain, Failure):
+        return {}
+    return {"reasoning": chain.text, "reasoning_tokens": chain.tokens}
+
+
+def chain_failure(chain: Reply) -> str | None:
     """Why a reasoning agent's output is no chain; None where it is one."""
+    if isinstance(chain, Failure):
+        return chain.reason
     if not chain.finished:
         return "reasoning cut off"
     try:
@@ -99,18 +102,16 @@ def chain_failure(chain: Completion) -> str | None:
     return None
 
 
-def sample_reasoning(
-    engine: Engine, questions: Sequence[Question], samples: int, prompts: str, sampling: Sampling
-) -> list[ReasoningPath | FailedPath]:
-    """N chains a question from the reasoning agent itself, in order of question
-    and sample. `answer` stays empty."""
-    asked = [reason_prompt(prompts, q) for q in questions for _ in range(samples)]
-    replies = engine.generate(asked, sampling)
-    outcomes: list[ReasoningPath | FailedPath] = []
-    for index, reply in enumerate(replies):
-        question, sample = questions[index // samples], index % samples
-        if failure := chain_failure(reply):
-            outcomes.append(FailedPath(question.id, sample, failure, reply.text))
-        else:
-            outcomes.append(ReasoningPath(question.id, sample, parse_thoughts(reply.text), reply.text, ""))
-    return outcomes
+async def sample_reasoning(
+    engine: Engine, question: Question, sample: int, prompts: str, sampling: Sampling
+) -> ReasoningPath | FailedPath:
+    """One chain from the reasoning agent itself; question, sample and `sampling.seed` fix its draws. `answer`
+    stays empty."""
+    seed = derived_seed(sampling.seed, question.id, sample)
+    key = f"{question.id}/{sample}"
+    chain = await engine.ask(Request(key, reason_prompt(prompts, question), replace(sampling, seed=seed)))
+    failure = chain_failure(chain)
+    if failure or isinstance(chain, Failure):
+        text = chain.detail if isinstance(chain, Failure) else chain.text
+        return FailedPath(question.id, sample, failure or "", text)
+    return ReasoningPath(question.id, sample, parse_thoughts(chain.text), chain.text, "")

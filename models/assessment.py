@@ -1,7 +1,7 @@
 """Multi-granularity assessment (METHOD 1.2; Insight-V section 3.2): the answer filter and the path judge.
 
-    judge = ModelJudge(engine, "short")
-    filtered = filter_answers(paths, questions); scored = score_paths(filtered, questions, judge)
+    marked, how = await mark_answer(path, question)
+    scored, readable = await score_paths([marked], question, ModelJudge(engine, "short"))
 
 1. Answer filter: same meaning as the ground truth = right. Rules first; a model is asked only where rules
    cannot tell.
@@ -13,42 +13,44 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from models.answers import matches
-from models.engines.base import Engine, Sampling
+from models.engines.base import Engine, Failure, Request, Sampling, derived_seed
 from models.prompts import fill
 from models.records import Question, ReasoningPath
 from models.vlm import Conversation
 
 Scores = list[int] | None
+SCORE_TOKENS = 16
+"""New tokens a path that the judge may write: `"12": 100, ` and some room."""
 
 
 class PathJudge(Protocol):
-    """Scores all given paths of each question, each 1-100; None for a
-    question whose reply could not be read."""
+    """Scores all given paths of a question, each 1-100; None where the reply could not be read.
+    engines: those it asks."""
 
-    def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]: ...
+    engines: Sequence[Engine]
+
+    async def score(self, question: Question, paths: Sequence[ReasoningPath]) -> Scores: ...
 
 
 class ModelJudge:
     """A vision-language model as path judge: image, question, ground truth and all paths in one prompt."""
 
-    def __init__(self, engine: Engine, prompts: str, max_new_tokens: int = 256) -> None:
-        self.engine, self.prompts, self.max_new_tokens = engine, prompts, max_new_tokens
+    def __init__(self, engine: Engine, prompts: str) -> None:
+        self.engine, self.prompts = engine, prompts
+        self.engines: Sequence[Engine] = [engine]
 
-    def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
+    async def score(self, question: Question, paths: Sequence[ReasoningPath]) -> Scores:
         """Greedy; a reply must be a JSON object with one integer for each path's number."""
-        prompts = [
-            judge_prompt(self.prompts, question, [p.text for p in paths]) for question, paths in groups
-        ]
-        replies = self.engine.generate(prompts, Sampling(max_new_tokens=self.max_new_tokens))
-        return [
-            parse_scores(reply.text, len(paths)) for reply, (_, paths) in zip(replies, groups, strict=True)
-        ]
+        asked = judge_prompt(self.prompts, question, [path.text for path in paths])
+        sampling = Sampling(max_new_tokens=SCORE_TOKENS * len(paths))
+        request = Request(f"{question.id}/scores", asked, sampling, scores_schema(len(paths)))
+        reply = await self.engine.ask(request)
+        return None if isinstance(reply, Failure) else parse_scores(reply.text, len(paths))
 
 
 class RuleJudge:
@@ -57,9 +59,11 @@ class RuleJudge:
     How long or how careful a path is earns nothing here: what works must show in the answers.
     """
 
-    def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
+    engines: Sequence[Engine] = ()
+
+    async def score(self, question: Question, paths: Sequence[ReasoningPath]) -> Scores:
         """100 or 1 for every path."""
-        return [[100 if path.right else 1 for path in paths] for _, paths in groups]
+        return [100 if path.right else 1 for path in paths]
 
 
 def judge_prompt(prompts: str, question: Question, paths: Sequence[str]) -> Conversation:
@@ -72,6 +76,18 @@ def judge_prompt(prompts: str, question: Question, paths: Sequence[str]) -> Conv
 def scores_json(scores: Sequence[int]) -> str:
     """Scores in the order of the paths, as the judge replies: {"1": 85, "2": 15}."""
     return json.dumps({str(number): score for number, score in enumerate(scores, start=1)})
+
+
+def scores_schema(count: int) -> dict[str, Any]:
+    """JSON schema of the judge's reply on `count` paths."""
+    numbers = [str(number) for number in range(1, count + 1)]
+    score = {"type": "integer", "minimum": 1, "maximum": 100}
+    return {
+        "type": "object",
+        "properties": dict.fromkeys(numbers, score),
+        "required": numbers,
+        "additionalProperties": False,
+    }
 
 
 def parse_scores(text: str, count: int) -> Scores:
@@ -93,44 +109,25 @@ def parse_scores(text: str, count: int) -> Scores:
     return scores
 
 
-def filter_answers(
-    paths: Iterable[ReasoningPath],
-    questions: Mapping[str, Question],
-    engine: Engine | None = None,
-    prompts: str = "full",
-) -> tuple[list[ReasoningPath], Counter[str]]:
-    """Mark every path right, wrong or unknown (None), and count how that was found out."""
-    marked: list[ReasoningPath] = []
-    asked: list[int] = []
-    counts: Counter[str] = Counter()
-    for path in paths:
-        question = questions[path.question_id]
-        right = matches(path.answer, question.answer, question.choices)
-        if right is None and engine is not None:
-            asked.append(len(marked))
-        counts["by rule" if right is not None else "by model" if engine else "unknown"] += 1
-        marked.append(replace(path, right=right))
-    if asked and engine is not None:
-        for index, right in zip(
-            asked, _verdicts([marked[i] for i in asked], questions, engine, prompts), strict=True
-        ):
-            marked[index] = replace(marked[index], right=right)
-            if right is None:
-                counts["by model"] -= 1
-                counts["unknown"] += 1
-    return marked, counts
+async def mark_answer(
+    path: ReasoningPath, question: Question, engine: Engine | None = None, prompts: str = "full"
+) -> tuple[ReasoningPath, str]:
+    """The path marked right, wrong or unknown (None), and how that was found out: "by rule", "by model" or
+    "unknown". The model is asked only where the rules cannot tell."""
+    right = matches(path.answer, question.answer, question.choices)
+    if right is not None:
+        return replace(path, right=right), "by rule"
+    if engine is not None:
+        right = await _verdict(path, question, engine, prompts)
+    return replace(path, right=right), "unknown" if right is None else "by model"
 
 
-def _verdicts(
-    paths: Sequence[ReasoningPath], questions: Mapping[str, Question], engine: Engine, prompts: str
-) -> list[bool | None]:
-    asked = []
-    for path in paths:
-        question = questions[path.question_id]
-        text = fill(prompts, "verdict", question=question.question, truth=question.answer, answer=path.answer)
-        asked.append(Conversation([], [(text, "")]))
-    replies = engine.generate(asked, Sampling(temperature=0.2, max_new_tokens=8))
-    return [parse_verdict(reply.text) for reply in replies]
+async def _verdict(path: ReasoningPath, question: Question, engine: Engine, prompts: str) -> bool | None:
+    text = fill(prompts, "verdict", question=question.question, truth=question.answer, answer=path.answer)
+    key = f"{question.id}/{path.sample}/verdict"
+    sampling = Sampling(temperature=0.2, max_new_tokens=8, seed=derived_seed(key))
+    reply = await engine.ask(Request(key, Conversation([], [(text, "")]), sampling))
+    return None if isinstance(reply, Failure) else parse_verdict(reply.text)
 
 
 def parse_verdict(text: str) -> bool | None:
@@ -139,21 +136,14 @@ def parse_verdict(text: str) -> bool | None:
     return match.group(1) == "1" if match else None
 
 
-def score_paths(
-    paths: Sequence[ReasoningPath], questions: Mapping[str, Question], judge: PathJudge
-) -> tuple[list[ReasoningPath], int]:
-    """The paths with scores, all given paths of a question in one call;
-    and how many questions gave no readable reply."""
-    groups: dict[str, list[int]] = {}
-    for index, path in enumerate(paths):
-        groups.setdefault(path.question_id, []).append(index)
-    members = list(groups.values())
-    results = judge.score(
-        [(questions[paths[group[0]].question_id], [paths[i] for i in group]) for group in members]
-    )
-    scored = list(paths)
-    for group, scores in zip(members, results, strict=True):
-        given: Sequence[int | None] = scores or [None] * len(group)
-        for index, score in zip(group, given, strict=True):
-            scored[index] = replace(paths[index], score=score)
-    return scored, sum(scores is None for scores in results)
+async def score_paths(
+    paths: Sequence[ReasoningPath], question: Question, judge: PathJudge
+) -> tuple[list[ReasoningPath], bool]:
+    """All given paths of one question with their scores, from one call; and whether its reply could be read.
+    Without paths nothing is asked."""
+    if not paths:
+        return [], True
+    scores = await judge.score(question, paths)
+    given: Sequence[int | None] = scores or [None] * len(paths)
+    scored = [replace(path, score=score) for path, score in zip(paths, given, strict=True)]
+    return scored, scores is not None

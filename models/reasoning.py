@@ -1,22 +1,26 @@
 """Progressive long-chain generation (METHOD 1.1; Insight-V section 3.1):
 R_t = M(I, Q, [R_1..R_{t-1}], A_{t-1}).
 
-    from models.reasoning import StepLoop
-    outcomes = StepLoop(engine, Settings()).run(questions, samples=range(4), seed=0)
+    from models.reasoning import progressive_chain
+    outcome = await progressive_chain(engine, question, sample=0, settings=Settings(), seed=0)
 
 One model call a step. A step is JSON {"title", "content", "next_action"};
 after `final_answer` (or the step cap) a separate call gives R_ans.
 A chain whose step stays unparsable after the retries is a FailedPath with its reason.
+
+Chains run freely: each asks for its next step as soon as it has the last one. Image and question come first
+and the history is only appended to: the samples of a question and the steps of a chain share a prefix.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
-from models.engines.base import Completion, Engine, Sampling
+from models.engines.base import Engine, Failure, Reply, Request, Sampling, derived_seed
 from models.prompts import fill, prompt
 from models.records import FailedPath, Question, ReasoningPath, Step
 from models.vlm import Conversation
@@ -51,21 +55,6 @@ class Settings:
     temperature: float = 0.7
     top_p: float = 0.95
     repetition_penalty: float = 1.05
-
-
-@dataclass
-class _Chain:
-    question: Question
-    sample: int
-    steps: list[Step] = field(default_factory=list)
-    turns: list[tuple[str, str]] = field(default_factory=list)
-    attempt: int = 0
-    failed: str | None = None
-    raw: str = ""
-
-    @property
-    def done(self) -> bool:
-        return bool(self.steps) and self.steps[-1].next_action == "final_answer"
 
 
 def parse_step(text: str) -> Step:
@@ -129,78 +118,92 @@ def parse_thoughts(text: str) -> list[Step]:
     return [*steps[:-1], replace(steps[-1], next_action="final_answer")]
 
 
-class StepLoop:
-    """Runs chains through an engine, a batch of chains in step with each other."""
+async def progressive_chain(
+    engine: Engine, question: Question, sample: int, settings: Settings, seed: int
+) -> ReasoningPath | FailedPath:
+    """One chain of a question, step by step, and its answer. `seed`, question and sample fix all draws."""
+    ask = _Asker(engine, question, sample, settings, seed)
+    steps: list[Step] = []
+    user = fill(settings.prompts, "step", question=question.question)
+    while not steps or steps[-1].next_action != "final_answer":
+        number = len(steps) + 1
+        for attempt in range(settings.attempts):
+            reply = await ask(user, f"{number}.{attempt}", step_schema(number, settings), goes_on=True)
+            try:
+                step, said = _step(reply, number, settings)
+                break
+            except StepError as error:
+                reason = error.reason
+        else:
+            return FailedPath(question.id, sample, reason, _text(reply), steps)
+        steps.append(step)
+        ask.history.append((user, said))
+        user = prompt(settings.prompts, "next")
+    reply = await ask(prompt(settings.prompts, "answer"), "answer")
+    if isinstance(reply, Failure):
+        return FailedPath(question.id, sample, reply.reason, reply.detail, steps)
+    if not reply.finished or not reply.text.strip() or len(reply.text) > MAX_ANSWER:
+        return FailedPath(question.id, sample, "no answer", reply.text, steps)
+    return ReasoningPath(question.id, sample, steps, thoughts(steps), reply.text.strip())
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self.engine, self.settings = engine, settings
 
-    def run(
-        self, questions: Sequence[Question], samples: Iterable[int], seed: int
-    ) -> list[ReasoningPath | FailedPath]:
-        """One outcome for every (question, sample), in that order; the seed fixes all draws."""
-        numbers = list(samples)
-        opening = {q.id: fill(self.settings.prompts, "step", question=q.question) for q in questions}
-        chains = [_Chain(q, n, turns=[(opening[q.id], "")]) for q in questions for n in numbers]
-        call = 0
-        while open_chains := [c for c in chains if not c.done and c.failed is None]:
-            for chain, reply in zip(open_chains, self._ask(open_chains, seed + call), strict=True):
-                self._advance(chain, reply)
-            call += 1
-        return self._answers(chains, seed + call)
+def step_schema(number: int, settings: Settings) -> dict[str, Any]:
+    """JSON schema of the step `number` (from 1): bounded texts, and the actions that the bounds on the number
+    of steps leave."""
+    actions = list(ACTIONS)
+    if number >= settings.max_steps:
+        actions = ["final_answer"]
+    elif number < settings.min_steps:
+        actions = ["continue"]
+    return {
+        "type": "object",
+        "properties": {
+            "title": {"type": "string", "minLength": 1, "maxLength": MAX_TITLE},
+            "content": {"type": "string", "minLength": 1, "maxLength": MAX_CONTENT},
+            "next_action": {"type": "string", "enum": actions},
+        },
+        "required": ["title", "content", "next_action"],
+        "additionalProperties": False,
+    }
 
-    def _ask(
-        self, chains: Sequence[_Chain], seed: int, max_new_tokens: int | None = None
-    ) -> list[Completion]:
+
+class _Asker:
+    """Asks for one text after another of a chain. history: the turns so far, only ever appended to."""
+
+    def __init__(
+        self, engine: Engine, question: Question, sample: int, settings: Settings, seed: int
+    ) -> None:
+        self.engine, self.question, self.sample, self.seed = engine, question, sample, seed
+        self.settings = settings
+        self.history: list[tuple[str, str]] = []
+
+    async def __call__(
+        self, user: str, what: str, schema: Mapping[str, Any] | None = None, goes_on: bool = False
+    ) -> Reply:
         s = self.settings
-        sampling = Sampling(
-            s.temperature, s.top_p, s.repetition_penalty, max_new_tokens or s.max_new_tokens, seed
-        )
-        return self.engine.generate(
-            [Conversation(c.question.images, list(c.turns)) for c in chains], sampling
-        )
+        seed = derived_seed(self.seed, self.question.id, self.sample, what)
+        sampling = Sampling(s.temperature, s.top_p, s.repetition_penalty, s.max_new_tokens, seed)
+        asked = Conversation(self.question.images, [*self.history, (user, "")])
+        key = f"{self.question.id}/{self.sample}/{what}"
+        return await self.engine.ask(Request(key, asked, sampling, schema, goes_on))
 
-    def _advance(self, chain: _Chain, reply: Completion) -> None:
-        """Append a step, or count the attempt; the last allowed attempt fails the chain."""
-        chain.raw = reply.text
-        try:
-            if not reply.finished:
-                raise StepError("cut off")
-            step = parse_step(reply.text)
-        except StepError as error:
-            chain.attempt += 1
-            if chain.attempt >= self.settings.attempts:
-                chain.failed = error.reason
-            return
-        chain.attempt = 0
-        count = len(chain.steps) + 1
-        if count >= self.settings.max_steps:
-            step = replace(step, next_action="final_answer")
-        elif count < self.settings.min_steps:
-            step = replace(step, next_action="continue")
-        chain.steps.append(step)
-        chain.turns[-1] = (chain.turns[-1][0], step_json(step))
-        role = "answer" if step.next_action == "final_answer" else "next"
-        chain.turns.append((prompt(self.settings.prompts, role), ""))
 
-    def _answers(self, chains: Sequence[_Chain], seed: int) -> list[ReasoningPath | FailedPath]:
-        """R_ans for every finished chain, by one more call."""
-        finished = [c for c in chains if c.failed is None]
-        replies = dict(zip(map(id, finished), self._ask(finished, seed), strict=True))
-        outcomes: list[ReasoningPath | FailedPath] = []
-        for chain in chains:
-            reply = replies.get(id(chain))
-            if reply is None:
-                outcomes.append(
-                    FailedPath(chain.question.id, chain.sample, str(chain.failed), chain.raw, chain.steps)
-                )
-            elif not reply.finished or not reply.text.strip() or len(reply.text) > MAX_ANSWER:
-                outcomes.append(
-                    FailedPath(chain.question.id, chain.sample, "no answer", reply.text, chain.steps)
-                )
-            else:
-                text = thoughts(chain.steps)
-                outcomes.append(
-                    ReasoningPath(chain.question.id, chain.sample, chain.steps, text, reply.text.strip())
-                )
-        return outcomes
+def _step(reply: Reply, number: int, settings: Settings) -> tuple[Step, str]:
+    """The step in a reply, and how it stands in the history: as it was written, unless the bounds on the
+    number of steps change its action."""
+    if isinstance(reply, Failure):
+        raise StepError(reply.reason)
+    if not reply.finished:
+        raise StepError("cut off")
+    step = parse_step(reply.text)
+    if number >= settings.max_steps and step.next_action != "final_answer":
+        step = replace(step, next_action="final_answer")
+    elif number < settings.min_steps and step.next_action != "continue":
+        step = replace(step, next_action="continue")
+    else:
+        return step, reply.text
+    return step, step_json(step)
+
+
+def _text(reply: Reply) -> str:
+    return reply.detail if isinstance(reply, Failure) else reply.text

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks import params, roles
-from tasks.meter import meter
+from tasks.assessing import mark_all, score_all
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 GENERATED, JUDGE = Path("artifacts/generate"), Path("artifacts/judge")
@@ -33,12 +33,11 @@ class Params:
 def run(p: Params, stage: StageRun) -> dict[str, Any]:
     """Write paths.jsonl with `right`, `score` and `oracle`; returns counts and agreement."""
     from models.agreement import agreement, with_oracle
-    from models.assessment import filter_answers, score_paths
     from models.records import read_paths, read_questions, write_jsonl
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
-    paths, how = filter_answers(
-        read_paths(GENERATED / "paths.jsonl"),
+    paths, how = mark_all(
+        list(read_paths(GENERATED / "paths.jsonl")),
         questions,
         roles.answer_filter(p.answer_filter, p.batch_size),
         p.prompts,
@@ -49,14 +48,12 @@ def run(p: Params, stage: StageRun) -> dict[str, Any]:
             "no generated path has the right answer: train the generator longer or choose a stronger one"
         )
     judge = roles.path_judge(JUDGE, p.prompts, p.batch_size)
-    with meter("paths scored", len(surviving)) as advance:
-        scored, unreadable = score_paths(surviving, questions, judge)
-        advance(len(scored), len(scored))
+    scored, unreadable = score_all(surviving, questions, judge)
     by_key = {(path.question_id, path.sample): path for path in scored}
     merged, _ = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
     write_jsonl(stage.out / "paths.jsonl", merged)
     tested = set(sorted({path.question_id for path in paths})[: p.agreement_questions])
-    probe, _ = score_paths([path for path in paths if path.question_id in tested], questions, judge)
+    probe, _ = score_all([path for path in paths if path.question_id in tested], questions, judge)
     return {
         "paths": len(paths),
         "right_share": len(surviving) / len(paths),

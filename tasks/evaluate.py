@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks import params, roles, rounds
-from tasks.meter import meter
+from tasks.sampling import run_all
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 if TYPE_CHECKING:
@@ -69,9 +69,20 @@ def answers(
 
     summariser = roles.engine(answerer, p.batch_size)
     if reasoner is None:
-        return answer_directly(summariser, questions, p.prompts, p.answer_tokens)
+        return run_all(
+            lambda q: answer_directly(summariser, q, p.prompts, p.answer_tokens),
+            questions,
+            [summariser],
+            "questions",
+        )
     engine = roles.engine(reasoner, p.batch_size)
-    return answer_with_agents(engine, summariser, questions, p.prompts, p.reasoning_tokens, p.answer_tokens)
+    limits = p.reasoning_tokens, p.answer_tokens
+    return run_all(
+        lambda q: answer_with_agents(engine, summariser, q, p.prompts, *limits),
+        questions,
+        [engine, summariser],
+        "questions",
+    )
 
 
 def prediction(question: Question, said: AgentAnswer) -> dict[str, Any]:
@@ -109,9 +120,7 @@ def run(p: Params, system: str, stage: StageRun) -> dict[str, Any]:
     from models.statistics import wilson
 
     questions = held_out(p.limit)
-    with meter("questions", len(questions)) as advance:
-        said = answers(p, *checkpoints(system), questions)
-        advance(len(questions), len(questions))
+    said = answers(p, *checkpoints(system), questions)
     rows = [prediction(question, answer) for question, answer in zip(questions, said, strict=True)]
     write_jsonl(stage.out / "predictions.jsonl", rows)
     accuracy: dict[str, Any] = {}

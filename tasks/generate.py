@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.reasoning import Settings
 from tasks import params, roles
-from tasks.meter import meter
+from tasks.sampling import sample_chains
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 if TYPE_CHECKING:
@@ -39,24 +39,18 @@ def run(
 ) -> dict[str, Any]:
     """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError
     when not one chain was finished."""
-    from models.journal import Journal, key
-    from models.reasoning import StepLoop
-    from models.records import to_json, write_jsonl
+    from models.reasoning import progressive_chain
+    from models.records import write_jsonl
 
-    loop = StepLoop(engine, p.chain)
-    journal = Journal(stage.scratch / "journal.jsonl")
-    rows: list[dict[str, Any]] = []
-    with meter("chains", len(questions) * p.samples) as advance:
-        for start in range(0, len(questions), p.chunk):
-            chunk = questions[start : start + p.chunk]
-            chunk_seed = seed * 1_000_003 + start
-            asked = key([to_json(q) for q in chunk], p.samples, p.chain.__dict__, chunk_seed)
-
-            def work(chunk: Sequence[Question] = chunk, chunk_seed: int = chunk_seed) -> list[dict[str, Any]]:
-                return [to_json(o) for o in loop.run(chunk, range(p.samples), chunk_seed)]
-
-            rows += journal.once(asked, work)
-            advance(len(rows), len(rows))
+    rows = sample_chains(
+        engine,
+        questions,
+        p.samples,
+        lambda engine, question, sample: progressive_chain(engine, question, sample, p.chain, seed),
+        [p.chain.__dict__, seed],
+        p.chunk,
+        stage.scratch,
+    )
     paths = [row for row in rows if "reason" not in row]
     failures = [row for row in rows if "reason" in row]
     if not paths:

@@ -32,7 +32,6 @@ class Params:
     prompts: str = "short"
     budget: Budget = field(default_factory=Budget)
     held_out_questions: int = 200
-    max_new_tokens: int = 64
 
 
 def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun) -> dict[str, Any]:
@@ -54,7 +53,7 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
         save(model, processor, stage.out / "checkpoint")
         stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
         engine = LocalEngine(model, processor, _images(instruct))
-    judge = ModelJudge(engine, p.prompts, p.max_new_tokens) if engine else RuleJudge()
+    judge = ModelJudge(engine, p.prompts) if engine else RuleJudge()
     if (instruct / "boards.jsonl").exists():
         numbers["agreement"] = held_out_agreement(judge, p.held_out_questions, seed, engine)
     return numbers
@@ -100,11 +99,11 @@ def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> di
     import numpy as np
 
     from models.agreement import agreement
-    from models.assessment import score_paths
     from models.boards.lessons import graded_paths
     from models.boards.scans import draw_board, pick_scans
     from models.reasoning import parse_thoughts
     from models.records import Question, ReasoningPath
+    from tasks.assessing import score_all
 
     generator = np.random.default_rng([1, 100, seed])
     pictures: dict[str, Any] = {}
@@ -123,8 +122,8 @@ def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> di
             paths.append(ReasoningPath(name, sample, steps, text, steps[-1].content, right))
     if engine is not None:
         held_out = LocalEngine(engine.model, engine.encoder.processor, _pictures(pictures))
-        judge = ModelJudge(held_out, judge.prompts, judge.max_new_tokens)
-    scored, unreadable = score_paths(paths, asked, judge)
+        judge = ModelJudge(held_out, judge.prompts)
+    scored, unreadable = score_all(paths, asked, judge)
     return agreement(scored, truths) | {"unreadable": unreadable}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks import params, roles, rounds
-from tasks.meter import meter
+from tasks.sampling import sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 
@@ -32,13 +32,12 @@ class Params:
 
 def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
     """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError when no path is usable."""
+    from models.engines.base import derived_seed
     from models.records import write_jsonl
-    from tasks.sampling import sample_in_chunks
 
     questions = roles.training_questions("rounds", p.questions, offset=(this.t - 1) * p.questions)
     engine = roles.engine(this.checkpoint, p.batch_size)
-    with meter("paths", len(questions) * p.samples) as advance:
-        rows = sample_in_chunks(engine, questions, p, seed + this.t, stage.scratch, advance)
+    rows = sample_reasoner(engine, questions, p, derived_seed(seed, this.t), stage.scratch)
     paths = [row for row in rows if "reason" not in row]
     failures = [row for row in rows if "reason" in row]
     for path in paths:

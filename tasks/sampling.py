@@ -1,21 +1,36 @@
-"""Sampling chains from a reasoning agent, journalled chunk by chunk.
+"""Running much through engines: in order, with progress, and journalled so that a kill loses little.
 
-from tasks.sampling import sample_in_chunks
+    answers = run_all(lambda q: answer_directly(engine, q, "short"), questions, [engine], "questions")
+    rows = sample_chains(engine, questions, samples, chain, asked, chunk, scratch)
+
+A stage that samples keeps what engines said in its scratch folder. Where replies are independent of each
+other every reply is kept as it comes; where they are not, whole chunks of questions are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from tasks.meter import meter
 
 if TYPE_CHECKING:
     from models.engines.base import Engine
-    from models.records import Question
+    from models.records import FailedPath, Question, ReasoningPath
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Chain = Callable[["Engine", "Question", int], Awaitable["ReasoningPath | FailedPath"]]
+"""chain(engine, question, sample)"""
+
+AT_ONCE = 2
+"""Items under way, as a multiple of what the engines have room for: the next requests wait in the engine."""
 
 
 class SamplingParams(Protocol):
-    """What a stage that samples has in its (frozen) parameters."""
+    """What a stage that samples a reasoning agent has in its (frozen) parameters."""
 
     @property
     def prompts(self) -> str: ...
@@ -36,31 +51,100 @@ class SamplingParams(Protocol):
     def chunk(self) -> int: ...
 
 
-def sample_in_chunks(
+def run_all(
+    work: Callable[[Item], Awaitable[Result]], items: Sequence[Item], engines: Sequence[Engine], what: str
+) -> list[Result]:
+    """work(item) for all, results in order. what: the items' name in the progress line."""
+    at_once = AT_ONCE * max((engine.capacity for engine in engines), default=1)
+    with meter(what, len(items)) as advance:
+        return _run(work, items, engines, at_once, lambda done: advance(done, done))
+
+
+def sample_chains(
     engine: Engine,
     questions: Sequence[Question],
-    p: SamplingParams,
-    seed: int,
+    samples: int,
+    chain: Chain,
+    asked: Any,
+    chunk: int,
     scratch: Path,
-    advance: Callable[[int, float], None],
 ) -> list[dict[str, Any]]:
-    """N chains a question as rows (ReasoningPath or, with a `reason`, FailedPath),
-    in order; replayed after a kill."""
-    from models.agents import sample_reasoning
-    from models.engines.base import Sampling
+    """N chains a question as rows (ReasoningPath or, with a `reason`, FailedPath), in order of question and
+    sample; replayed after a kill.
+
+    asked: all that makes the chains what they are, besides the questions; chunk: questions kept together
+    where the engine's replies depend on each other.
+    """
+    from models.engines.journalled import JournalledEngine
     from models.journal import Journal, key
     from models.records import to_json
 
-    journal = Journal(scratch / "journal.jsonl")
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(questions), p.chunk):
-        chunk = questions[start : start + p.chunk]
-        sampling = Sampling(p.temperature, p.top_p, 1.0, p.max_new_tokens, seed * 1_000_003 + start)
-        asked = key([to_json(q) for q in chunk], p.samples, p.prompts, sampling.__dict__)
 
-        def work(chunk: Sequence[Question] = chunk, sampling: Sampling = sampling) -> list[dict[str, Any]]:
-            return [to_json(row) for row in sample_reasoning(engine, chunk, p.samples, p.prompts, sampling)]
+    def run(engine: Engine, part: Sequence[Question], at_once: int) -> list[dict[str, Any]]:
+        pairs = [(question, sample) for question in part for sample in range(samples)]
+        outcomes = _run(
+            lambda pair: chain(engine, *pair),
+            pairs,
+            [engine],
+            at_once,
+            lambda done: advance(len(rows) + done, len(rows) + done),
+        )
+        return [to_json(outcome) for outcome in outcomes]
 
-        rows += journal.once(asked, work)
-        advance(len(rows), len(rows))
+    with Journal(scratch / "journal") as journal, meter("chains", len(questions) * samples) as advance:
+        if engine.independent:
+            return run(JournalledEngine(engine, journal), questions, AT_ONCE * engine.capacity)
+        for start in range(0, len(questions), chunk):
+            part = questions[start : start + chunk]
+            name = key([to_json(question) for question in part], samples, asked)
+            kept = journal.get(name)
+            if kept is None:
+                kept = {"rows": run(engine, part, len(part) * samples)}
+                journal.put(name, kept)
+                journal.flush()
+            rows += kept["rows"]
+            advance(len(rows), len(rows))
     return rows
+
+
+def sample_reasoner(
+    engine: Engine, questions: Sequence[Question], p: SamplingParams, seed: int, scratch: Path
+) -> list[dict[str, Any]]:
+    """`sample_chains` of a reasoning agent."""
+    from models.agents import sample_reasoning
+    from models.engines.base import Sampling
+
+    sampling = Sampling(p.temperature, p.top_p, 1.0, p.max_new_tokens, seed)
+    return sample_chains(
+        engine,
+        questions,
+        p.samples,
+        lambda engine, question, sample: sample_reasoning(engine, question, sample, p.prompts, sampling),
+        [p.prompts, sampling.__dict__],
+        p.chunk,
+        scratch,
+    )
+
+
+def _run(
+    work: Callable[[Item], Awaitable[Result]],
+    items: Sequence[Item],
+    engines: Sequence[Engine],
+    at_once: int,
+    done: Callable[[int], None],
+) -> list[Result]:
+    from models.engines.concurrency import in_order
+
+    async def run() -> list[Result]:
+        results: list[Result] = []
+        try:
+            async for result in in_order(work, items, at_once):
+                results.append(result)
+                done(len(results))
+        finally:
+            for engine in engines:
+                await engine.close()
+        return results
+
+    return asyncio.run(run())

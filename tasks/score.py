@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks import params, roles, rounds
-from tasks.meter import meter
+from tasks.assessing import mark_all, score_all
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 JUDGE = Path("artifacts/judge")
@@ -39,14 +39,13 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
     """Write paths.jsonl and pairs.jsonl; returns what the comparison of rounds needs.
     Raises StageError without pairs."""
     from models.agreement import agreement, with_oracle
-    from models.assessment import filter_answers, score_paths
     from models.pairing import build_pairs, first_difference
     from models.records import FailedPath, read_jsonl, read_paths, read_questions, write_jsonl
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     sampled = this.folder("sample")
-    paths, _ = filter_answers(
-        read_paths(sampled / "paths.jsonl"),
+    paths, _ = mark_all(
+        list(read_paths(sampled / "paths.jsonl")),
         questions,
         roles.answer_filter(p.answer_filter, p.batch_size),
         p.prompts,
@@ -55,10 +54,7 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
         FailedPath(r["question_id"], r["sample"], r["reason"]) for r in read_jsonl(sampled / "failures.jsonl")
     ]
     judge = roles.path_judge(JUDGE, p.prompts, p.batch_size)
-    undecided = _mixed(paths)
-    with meter("paths scored", len(undecided)) as advance:
-        scored, unreadable = score_paths(undecided, questions, judge)
-        advance(len(scored), len(scored))
+    scored, unreadable = score_all(_mixed(paths), questions, judge)
     by_key = {(path.question_id, path.sample): path for path in scored}
     scored_paths, truths = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
     pairs, dropped = build_pairs(_groups(scored_paths), p.rule, p.pairs_per_question, p.min_margin)

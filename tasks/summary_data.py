@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import params, roles
-from tasks.meter import meter
+from tasks.sampling import sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 CURATED, REASONER = Path("artifacts/curate"), Path("artifacts/reasoning_sft/checkpoint")
@@ -37,7 +37,6 @@ class Params:
 def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
     """Write records.jsonl (piece, question_id, thoughts, answer); returns counts by piece."""
     from models.records import read_jsonl, read_questions, write_jsonl
-    from tasks.sampling import sample_in_chunks
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     rows = [
@@ -45,10 +44,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
         for row in read_jsonl(CURATED / "summary.jsonl")
     ]
     asked = roles.training_questions("generate", p.questions, seed=1)
-    with meter("chains", len(asked) * p.samples) as advance:
-        sampled = sample_in_chunks(
-            roles.engine(REASONER, p.batch_size), asked, p, seed, stage.scratch, advance
-        )
+    sampled = sample_reasoner(roles.engine(REASONER, p.batch_size), asked, p, seed, stage.scratch)
     own = [row for row in sampled if "reason" not in row]
     rows += [{"piece": "reasoner", "question_id": row["question_id"], "thoughts": row["text"]} for row in own]
     if not rows:

@@ -3,10 +3,15 @@ everything that came before it at every step.
 
     cache = roomy_cache(model.config)
     model(**inputs, past_key_values=cache, use_cache=True)
+
+and keys and values kept for conversations that go on.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
@@ -68,3 +73,85 @@ def roomy_cache(config: Any) -> DynamicCache:
     cache = DynamicCache(config=config.get_text_config())
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+@dataclass(frozen=True)
+class Held:
+    """Keys and values [heads, tokens, width] of each layer for the tokens `ids` of one conversation."""
+
+    ids: list[int]
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    def shared(self, ids: Sequence[int]) -> int:
+        """How many tokens the conversation and `ids` begin with alike."""
+        longest = min(len(self.ids), len(ids))
+        if self.ids[:longest] == list(ids[:longest]):
+            return longest
+        return next(i for i in range(longest) if self.ids[i] != ids[i])
+
+
+class HeldConversations:
+    """What the model computed for conversations that may go on, up to `limit` bytes; the oldest go first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._held: OrderedDict[Hashable, Held] = OrderedDict()
+
+    def get(self, conversation: Hashable) -> Held | None:
+        """What is held for a conversation."""
+        return self._held.get(conversation)
+
+    def put(self, conversation: Hashable, held: Held) -> None:
+        """Hold it, in place of what was held for the same conversation."""
+        self._drop(conversation)
+        self._held[conversation] = held
+        self.size += held.size
+        while self.size > self.limit:
+            self._drop(next(iter(self._held)))
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._held.clear()
+        self.size = 0
+
+    def _drop(self, conversation: Hashable) -> None:
+        if conversation in self._held:
+            self.size -= self._held.pop(conversation).size
+
+
+def row_of(cache: DynamicCache, row: int, ids: list[int]) -> Held:
+    """What a cache holds for one of its rows, whose last tokens are `ids` (padding is on the left)."""
+    count = len(ids)
+    return Held(
+        ids,
+        [
+            (layer.keys[row, :, -count:].clone(), layer.values[row, :, -count:].clone())
+            for layer in cache.layers
+        ],
+    )
+
+
+def begun_cache(config: Any, begun: Sequence[tuple[Held, int]]) -> DynamicCache:
+    """A cache whose rows begin with the first tokens (each Held's number of them), padded on the left."""
+    cache = roomy_cache(config)
+    longest = max(count for _, count in begun)
+    for number, layer in enumerate(cache.layers):
+        sides = []
+        for side in (0, 1):
+            heads, _, width = begun[0][0].layers[number][side].shape
+            states = begun[0][0].layers[number][side].new_zeros(len(begun), heads, longest, width)
+            for row, (held, count) in enumerate(begun):
+                states[row, :, longest - count :] = held.layers[number][side][:, :count]
+            sides.append(states)
+        layer.update(*sides)
+    return cache
+
+
+def can_hold(cache: DynamicCache) -> bool:
+    """Whether a cache's rows can be taken out: not where layers forget tokens or keep another state."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)

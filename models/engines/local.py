@@ -1,32 +1,44 @@
 """transformers in this process: batched decoding with a KV cache, image features computed once an image.
 
     engine = LocalEngine.load("artifacts/foundation/generator")
-    engine.generate([Conversation(["images/a.png"], [("What is the sum of the top row?", "")])], Sampling())
+    generate(engine, [Conversation(["images/a.png"], [("What is the sum of the top row?", "")])], Sampling())
 
-Prompts are sorted by length and decoded in batches; samples of one prompt share its prefill, and rows that
-have ended leave the batch, so that a few long answers do not keep many finished ones waiting.
+Once everybody who can ask has asked, what waits is decoded in batches, prompts of like length together.
+Samples of one prompt share its prefill; a prompt that goes on from an earlier one (the next step of a chain)
+computes only what is new; rows that have ended leave the batch, so that a few long answers do not keep many
+finished ones waiting. The same requests asked in the same order give the same texts.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.engines.base import Completion, Sampling
+from models.engines.base import Completion, Reply, Request, Sampling
 from models.images import ImageSource
-from models.vlm import Conversation, Encoder, load, pad, stack_pixels
+from models.vlm import Encoder, load, pad, stack_pixels
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
+
+    from models.engines.kv_cache import Held, HeldConversations
 
 KEEP_SHARE = 0.75
 """Drop ended rows from the batch when fewer than this share of its rows still run."""
+HELD_BYTES = 2 << 30
+"""Most memory for keys and values of conversations that go on."""
+QUIET_TURNS = 8
+"""Turns of the event loop without a new request after which everybody is taken to have asked."""
 
 
 class LocalEngine:
     """One model in this process. batch_size: rows decoded together."""
+
+    independent = False
 
     def __init__(
         self,
@@ -35,11 +47,17 @@ class LocalEngine:
         images: ImageSource | str | Path = "data",
         batch_size: int = 256,
     ) -> None:
+        from models.engines.kv_cache import HeldConversations
+
         self.model = model.eval()
         self.encoder = Encoder(processor, images)
-        self.batch_size = batch_size
+        self.capacity = batch_size
         self.end = processor.tokenizer.eos_token_id
         self.pad = processor.tokenizer.pad_token_id
+        self.image_token = processor.image_token_id
+        self._held = HeldConversations(HELD_BYTES)
+        self._waiting: list[_Row] = []
+        self._decoding: asyncio.Task[None] | None = None
 
     @classmethod
     def load(
@@ -49,110 +67,259 @@ class LocalEngine:
         model, processor = load(checkpoint)
         return cls(model, processor, images, batch_size)
 
-    def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
-        """One completion a prompt, in order (Engine.generate)."""
+    async def ask(self, request: Request) -> Reply:
+        """Engine.ask."""
+        if request.prompt.images:
+            self.encoder.prepare(request.prompt.images)
+        row = _Row(request, self.encoder.prompt(request.prompt), asyncio.get_running_loop().create_future())
+        self._waiting.append(row)
+        if self._decoding is None or self._decoding.done():
+            self._decoding = asyncio.create_task(self._decode_all())
+        return await row.reply
+
+    async def close(self) -> None:
+        """Engine.close."""
+        if self._decoding is not None:
+            self._decoding.cancel()
+            self._decoding = None
+        self._waiting.clear()
+        self._held.clear()
+
+    async def _decode_all(self) -> None:
         import torch
 
-        if not prompts:
-            return []
-        first = next((prompt.images for prompt in prompts if prompt.images), None)
-        if first:
-            self.encoder.prepare(first)
-        ids = [self.encoder.prompt(prompt) for prompt in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), i))
-        draw = torch.Generator(self.model.device).manual_seed(sampling.seed)
-        results: dict[int, Completion] = {}
-        with torch.inference_mode():
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                tokens = self._decode(
-                    [ids[i] for i in rows], [prompts[i].images for i in rows], sampling, draw
-                )
-                for i, row in zip(rows, tokens, strict=True):
-                    results[i] = self._completion(row)
-        return [results[i] for i in range(len(prompts))]
+        while self._waiting:
+            await self._quiet()
+            rows = self._next_batch()
+            try:
+                with torch.inference_mode():
+                    _decode(self, rows)
+            except Exception as error:
+                for row in rows:
+                    row.reply.set_exception(error)
+                continue
+            for row in rows:
+                row.reply.set_result(self.completion(row))
 
-    def _completion(self, row: list[int]) -> Completion:
-        finished = bool(row) and row[-1] == self.end
-        text = self.encoder.tokenizer.decode(row[:-1] if finished else row, skip_special_tokens=False)
-        return Completion(text, len(row), finished)
+    async def _quiet(self) -> None:
+        """Until nobody asks any more."""
+        quiet, asked = 0, len(self._waiting)
+        while quiet < QUIET_TURNS:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == asked else 0
+            asked = len(self._waiting)
 
-    def _decode(
-        self, ids: list[list[int]], images: list[Sequence[str]], sampling: Sampling, draw: torch.Generator
-    ) -> list[list[int]]:
-        """Decode one batch; ids: prompts. Returns the new tokens of each row, the end token included."""
-        import torch
+    def _next_batch(self) -> list[_Row]:
+        """The shortest of the waiting rows that are drawn as the first one is; and either all of them go on
+        from what is held, or none does."""
+        for row in self._waiting:
+            row.meet(self._held)
+        first = self._waiting[0]
+        alike = [row for row in self._waiting if row.like(first)]
+        rows = sorted(alike, key=lambda row: len(row.ids))[: self.capacity]
+        taken = set(map(id, rows))
+        self._waiting = [row for row in self._waiting if id(row) not in taken]
+        return rows
 
-        from models.engines.kv_cache import roomy_cache
+    def completion(self, row: _Row) -> Completion:
+        """What a decoded row came to."""
+        text = self.encoder.tokenizer.decode(row.said(self.end), skip_special_tokens=False)
+        return Completion(text, len(row.new), row.new[-1:] == [self.end], len(row.ids), row.known)
 
-        device = self.model.device
-        prompts, prompt_of = _distinct(ids, images)
-        tokens = pad([ids[i] for i in prompts], self.pad, left=True).to(device)
-        mask = pad([[1] * len(ids[i]) for i in prompts], 0, left=True).to(device)
-        position = mask.cumsum(-1).sub(1).clamp(min=0)
-        seen = tokens if sampling.repetition_penalty != 1.0 else None
-        cache = roomy_cache(self.model.config)
-        pixels = stack_pixels(self.encoder, [images[i] for i in prompts])
-        inputs: dict[str, Any] = {
-            "input_ids": tokens,
-            **{key: value.to(device) for key, value in pixels.items()},
-        }
-        rows = torch.arange(len(ids), device=device)
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=device)
-        out: list[list[int]] = [[] for _ in ids]
-        for new in range(sampling.max_new_tokens):
-            step = {
-                "attention_mask": mask,
-                "position_ids": position,
-                "past_key_values": cache,
-                "logits_to_keep": 1,
-            }
-            logits = self.model(**inputs, **step, use_cache=True).logits[:, -1]
-            if new == 0 and len(prompts) < len(ids):  # the samples of a question go their own ways from here
-                copies = torch.tensor(prompt_of, device=device)
-                cache.batch_select_indices(copies)
-                logits, mask, position = logits[copies], mask[copies], position[copies]
-                seen = None if seen is None else seen[copies]
-            chosen = _pick(logits.float(), sampling, draw, seen)
-            for row, token, over in zip(rows.tolist(), chosen.tolist(), ended.tolist(), strict=True):
-                if not over:
-                    out[row].append(token)
-            ended = ended | (chosen == self.end)
-            if bool(ended.all()):
-                break
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            position = position[:, -1:] + 1
-            seen = None if seen is None else torch.cat([seen, chosen[:, None]], dim=1)
-            running = (~ended).nonzero().squeeze(-1)
-            if len(running) < KEEP_SHARE * len(rows):
-                cache.batch_select_indices(running)
-                rows, ended, chosen = rows[running], ended[running], chosen[running]
-                mask, position = mask[running], position[running]
-                seen = None if seen is None else seen[running]
-            inputs = {"input_ids": chosen[:, None]}
-        return out
+    def hold(self, row: _Row, cache: DynamicCache, cache_row: int) -> None:
+        """Keep what was computed for a row that has just ended, for the prompt that goes on from it."""
+        from models.engines.kv_cache import can_hold, row_of
+
+        if row.request.goes_on and can_hold(cache):
+            said = row.said(self.end)
+            text = self.encoder.tokenizer.decode(said, skip_special_tokens=False)
+            self._held.put(row.name(text), row_of(cache, cache_row, row.ids + said))
 
 
-def _distinct(ids: list[list[int]], images: list[Sequence[str]]) -> tuple[list[int], list[int]]:
-    """Rows that stand for the distinct prompts, and for every row the number of its prompt among them."""
-    numbers: dict[tuple[tuple[int, ...], tuple[str, ...]], int] = {}
-    rows: list[int] = []
-    prompt_of: list[int] = []
-    for row, (tokens, pictures) in enumerate(zip(ids, images, strict=True)):
-        number = numbers.setdefault((tuple(tokens), tuple(pictures)), len(rows))
-        if number == len(rows):
-            rows.append(row)
-        prompt_of.append(number)
-    return rows, prompt_of
+@dataclass(eq=False)
+class _Row:
+    """A request, the tokens of its prompt, where its reply goes; held: what its prompt begins with, of which
+    `known` tokens need not be computed; new: the tokens drawn for it."""
+
+    request: Request
+    ids: list[int]
+    reply: asyncio.Future[Reply]
+    held: Held | None = None
+    known: int = 0
+    new: list[int] = field(default_factory=list)
+
+    def meet(self, conversations: HeldConversations) -> None:
+        """Look for what this prompt goes on from. One token at least is left to compute."""
+        prompt = self.request.prompt
+        self.held = conversations.get((tuple(prompt.images), tuple(prompt.turns[:-1])))
+        self.known = min(self.held.shared(self.ids), len(self.ids) - 1) if self.held else 0
+
+    def name(self, text: str) -> tuple[Any, ...]:
+        """The conversation once `text` has been said."""
+        prompt = self.request.prompt
+        return tuple(prompt.images), (*prompt.turns[:-1], (prompt.turns[-1][0], text))
+
+    def said(self, end: int) -> list[int]:
+        """The new tokens without the one that ends them."""
+        return self.new[:-1] if self.new[-1:] == [end] else self.new
+
+    def like(self, other: _Row) -> bool:
+        """Whether both can stand in one batch: drawn alike, and both go on or both begin."""
+        mine, theirs = (replace(row.request.sampling, seed=0) for row in (self, other))
+        return mine == theirs and (self.held is None) == (other.held is None)
 
 
-def _pick(
-    logits: torch.Tensor, sampling: Sampling, draw: torch.Generator, seen: torch.Tensor | None
-) -> torch.Tensor:
-    """Next tokens [rows] from logits [rows, vocabulary]: greedy, or temperature and top-p."""
+def _decode(engine: LocalEngine, rows: Sequence[_Row]) -> None:
+    """Draw the tokens of one batch."""
     import torch
 
-    if seen is not None:
+    sampling, device = rows[0].request.sampling, engine.model.device
+    state = _begin(engine, rows) if rows[0].held else _open(engine, rows)
+    seeds = torch.tensor([row.request.sampling.seed for row in rows], device=device)
+    running = torch.arange(len(rows), device=device)  # the request of each row of the cache
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    seen = pad([row.ids for row in rows], engine.pad, left=True).to(device)
+    for new in range(sampling.max_new_tokens):
+        chosen = _pick(state.logits, sampling, uniform(seeds, new), seen)
+        over = (chosen == engine.end) & ~ended
+        for row, token, done in zip(running.tolist(), chosen.tolist(), ended.tolist(), strict=True):
+            if not done:
+                rows[row].new.append(token)
+        for cache_row in over.nonzero().flatten().tolist():
+            engine.hold(rows[int(running[cache_row])], state.cache, cache_row)
+        ended = ended | over
+        if bool(ended.all()) or new + 1 == sampling.max_new_tokens:
+            break
+        if sampling.repetition_penalty != 1.0:
+            seen = torch.cat([seen, chosen[:, None]], dim=1)
+        kept = (~ended).nonzero().squeeze(-1)
+        if len(kept) < KEEP_SHARE * len(ended):
+            state.keep(kept)
+            running, ended, chosen, seeds, seen = (t[kept] for t in (running, ended, chosen, seeds, seen))
+        state.feed(engine.model, chosen[:, None])
+
+
+@dataclass
+class _State:
+    """A batch under way. mask: [rows, tokens so far]; position: of the last token [rows, 1]; logits: of the
+    next one [rows, vocabulary]."""
+
+    cache: DynamicCache
+    mask: torch.Tensor
+    position: torch.Tensor
+    logits: torch.Tensor
+
+    def feed(self, model: PreTrainedModel, tokens: torch.Tensor) -> None:
+        """One more token for each row."""
+        import torch
+
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        self.position = self.position + 1
+        self.logits = _forward(model, self.cache, self.mask, self.position, {"input_ids": tokens})
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep (or repeat) rows."""
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
+
+
+def _open(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
+    """Prefill of conversations that begin: equal prompts once."""
+    import torch
+
+    from models.engines.kv_cache import roomy_cache
+
+    prompts, prompt_of = _distinct(rows)
+    device = engine.model.device
+    mask = pad([[1] * len(row.ids) for row in prompts], 0, left=True).to(device)
+    pixels = stack_pixels(engine.encoder, [row.request.prompt.images for row in prompts])
+    inputs = {"input_ids": pad([row.ids for row in prompts], engine.pad, left=True), **pixels}
+    position = mask.cumsum(-1).sub(1).clamp(min=0)
+    cache = roomy_cache(engine.model.config)
+    logits = _forward(engine.model, cache, mask, position, inputs)
+    state = _State(cache, mask, position[:, -1:], logits)
+    if len(prompts) < len(rows):  # the samples of a question go their own ways from here
+        state.keep(torch.tensor(prompt_of, device=device))
+    return state
+
+
+def _begin(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
+    """Prefill of conversations that go on: the same number of tokens for each row, at least its new ones; so
+    that padding stays on the left."""
+    import torch
+
+    from models.engines.kv_cache import begun_cache
+
+    block = max(len(row.ids) - row.known for row in rows)
+    device = engine.model.device
+    begun = [(row.held, len(row.ids) - block) for row in rows if row.held]
+    if min(count for _, count in begun) < 1 or any(engine.image_token in row.ids[-block:] for row in rows):
+        for row in rows:
+            row.known = 0
+        return _open(engine, rows)
+    cache = begun_cache(engine.model.config, begun)
+    mask = pad([[1] * len(row.ids) for row in rows], 0, left=True).to(device)
+    position = mask.cumsum(-1).sub(1)[:, -block:]
+    tokens = torch.tensor([row.ids[-block:] for row in rows])
+    logits = _forward(engine.model, cache, mask, position, {"input_ids": tokens})
+    return _State(cache, mask, position[:, -1:], logits)
+
+
+def _forward(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    mask: torch.Tensor,
+    position: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Logits [rows, vocabulary] after the last token."""
+    return model(
+        **{key: value.to(model.device) for key, value in inputs.items()},
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+
+
+def _distinct(rows: Sequence[_Row]) -> tuple[list[_Row], list[int]]:
+    """The first row of every prompt, and for every row the number of its prompt among them."""
+    numbers: dict[tuple[tuple[int, ...], tuple[str, ...]], int] = {}
+    firsts: list[_Row] = []
+    prompt_of: list[int] = []
+    for row in rows:
+        number = numbers.setdefault((tuple(row.ids), tuple(row.request.prompt.images)), len(firsts))
+        if number == len(firsts):
+            firsts.append(row)
+        prompt_of.append(number)
+    return firsts, prompt_of
+
+
+def uniform(seeds: torch.Tensor, position: int) -> torch.Tensor:
+    """A number in [0, 1) for each seed (int64) and position: splitmix64 (Steele et al., 2014), so that a
+    row's draws do not depend on the rows beside it."""
+
+    def shifted(z: torch.Tensor, bits: int) -> torch.Tensor:
+        return (z >> bits) & ((1 << (64 - bits)) - 1)  # >> copies the sign
+
+    z = seeds + _signed((position + 1) * 0x9E3779B97F4A7C15)
+    z = (z ^ shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return shifted(z ^ shifted(z, 31), 11).double() * 2.0**-53
+
+
+def _signed(value: int) -> int:
+    value %= 1 << 64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _pick(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Next tokens [rows] from logits [rows, vocabulary]: greedy, or temperature and top-p at draws [rows]."""
+    import torch
+
+    logits = logits.float()
+    if sampling.repetition_penalty != 1.0:
         score = logits.gather(1, seen)
         score = torch.where(
             score < 0, score * sampling.repetition_penalty, score / sampling.repetition_penalty
@@ -166,5 +333,4 @@ def _pick(
         ordered[ordered.cumsum(-1) - ordered > sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
     cumulated = probabilities.double().cumsum(-1)
-    drawn = torch.rand(len(cumulated), 1, generator=draw, device=cumulated.device, dtype=cumulated.dtype)
-    return torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True).squeeze(-1)
+    return torch.searchsorted(cumulated, draws[:, None] * cumulated[:, -1:], right=True).squeeze(-1)

@@ -163,7 +163,7 @@ def test_sample_is_on_the_policy_and_reads_the_answer_from_the_last_step(run: An
 def test_what_is_journalled_belongs_to_its_settings(workspace: Path) -> None:
     from dataclasses import replace
 
-    from tasks.sampling import sample_in_chunks
+    from tasks.sampling import sample_reasoner
     from tests.support.fake_boards import BoardEngine
 
     settings = sample.Params(prompts="short", questions=4, samples=2, chunk=4)
@@ -171,7 +171,7 @@ def test_what_is_journalled_belongs_to_its_settings(workspace: Path) -> None:
 
     def requests(p: Any, seed: int = 0, questions: Any = asked) -> int:
         engine = BoardEngine("data/records.jsonl")
-        rows = sample_in_chunks(engine, questions, p, seed, workspace / "scratch", lambda done, work: None)
+        rows = sample_reasoner(engine, questions, p, seed, workspace / "scratch")
         assert len(rows) == len(questions) * p.samples
         return engine.requests
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flows import profile
-from models.engines.base import Completion, Sampling
+from models.engines.base import Completion, Reply, Request
 from models.reasoning import step_json, thoughts
 from models.records import Step, read_jsonl
 from models.vlm import Conversation
@@ -30,23 +30,28 @@ class BoardEngine:
     requests: prompts answered so far; kill_after: raise Killed once so many have been asked for.
     """
 
+    independent = False
+
     def __init__(self, records: str | Path, batch_size: int = 8, kill_after: int | None = None) -> None:
         self.truth = {(row["images"][0], row["question"]): row["answer"] for row in read_jsonl(records)}
-        self.batch_size, self.kill_after, self.requests = batch_size, kill_after, 0
+        self.capacity, self.kill_after, self.requests = batch_size, kill_after, 0
 
-    def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
-        """One reply a prompt; a word counts as a token."""
-        self.requests += len(prompts)
+    async def ask(self, request: Request) -> Reply:
+        """At once; a word counts as a token."""
+        self.requests += 1
         if self.kill_after is not None and self.requests > self.kill_after:
             raise Killed
-        texts = [self._reply(prompt, sampling.seed, place) for place, prompt in enumerate(prompts)]
-        return [Completion(text, len(text.split()), True) for text in texts]
+        text = self._reply(request.prompt, request.sampling.seed)
+        return Completion(text, len(text.split()), True)
 
-    def _reply(self, prompt: Conversation, seed: int, place: int) -> str:
+    async def close(self) -> None:
+        """Holds nothing."""
+
+    def _reply(self, prompt: Conversation, seed: int) -> str:
         asked, said = prompt.turns[0][0], prompt.turns[-1][0]
         question = asked.split("?")[0] + "?"
         truth = self.truth[prompt.images[0], question]
-        luck = zlib.crc32(f"{question}{prompt.images}{seed}{place}{len(prompt.turns)}".encode()) % 10
+        luck = zlib.crc32(f"{question}{prompt.images}{seed}{len(prompt.turns)}".encode()) % 10
         answer = truth if luck < 6 else "7" if truth != "7" else "8"
         if said.endswith("Step by step:"):
             return step_json(Step("Read", f"I look at it {luck}")) if luck else "unreadable"

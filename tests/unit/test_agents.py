@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable
 
 import pytest
 
-from models.agents import answer_directly, answer_with_agents, sample_reasoning
-from models.engines.base import Completion, Sampling
+from models.agents import AgentAnswer, answer_directly, answer_with_agents, sample_reasoning
+from models.engines.base import Completion, Engine, Failure, Reply, Request, Sampling
 from models.prompts import fill
 from models.records import FailedPath, Question, ReasoningPath, Step
 from models.vlm import Conversation
@@ -19,17 +20,34 @@ QUESTIONS = [Question(f"q{n}", [f"images/{n}.png"], f"Question {n}?", "16") for 
 class Recorder:
     """An engine that keeps what it was asked and answers by a function of the question's number."""
 
-    batch_size = 8
+    capacity = 8
 
-    def __init__(self, reply: Callable[[int], Completion]) -> None:
+    def __init__(self, reply: Callable[[int], Reply]) -> None:
         self.reply = reply
-        self.asked: list[Conversation] = []
-        self.samplings: list[Sampling] = []
+        self.asked: list[Request] = []
 
-    def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
-        self.asked += prompts
-        self.samplings.append(sampling)
-        return [self.reply(int(str(p.turns[0][0]).split("Question ")[1][0])) for p in prompts]
+    async def ask(self, request: Request) -> Reply:
+        self.asked.append(request)
+        return self.reply(int(str(request.prompt.turns[0][0]).split("Question ")[1][0]))
+
+    async def close(self) -> None: ...
+
+    @property
+    def prompts(self) -> list[Conversation]:
+        return [request.prompt for request in self.asked]
+
+    @property
+    def samplings(self) -> set[Sampling]:
+        return {request.sampling for request in self.asked}
+
+
+def by_agents(reasoner: Engine, summariser: Engine, *limits: int) -> list[AgentAnswer]:
+    """Every question through both agents."""
+
+    async def run() -> list[AgentAnswer]:
+        return [await answer_with_agents(reasoner, summariser, q, "short", *limits) for q in QUESTIONS]
+
+    return asyncio.run(run())
 
 
 def says(text: str, finished: bool = True) -> Recorder:
@@ -38,69 +56,97 @@ def says(text: str, finished: bool = True) -> Recorder:
 
 def test_the_picture_goes_to_both_agents_and_the_reasoning_to_the_second() -> None:
     reasoner, summariser = says(THOUGHTS), says(" 16\n")
-    answers = answer_with_agents(reasoner, summariser, QUESTIONS, "short", 50, 5)
+    answers = by_agents(reasoner, summariser, 50, 5)
     for engine in (reasoner, summariser):
-        assert [list(c.images) for c in engine.asked] == [q.images for q in QUESTIONS]
-        assert [q.question in c.turns[0][0] for c, q in zip(engine.asked, QUESTIONS, strict=True)] == [
-            True
-        ] * 3
-    assert all(THOUGHTS in c.turns[0][0] for c in summariser.asked)
-    assert not any("16" in c.turns[0][0] for c in reasoner.asked)
+        assert [list(c.images) for c in engine.prompts] == [q.images for q in QUESTIONS]
+        assert all(q.question in c.turns[0][0] for c, q in zip(engine.prompts, QUESTIONS, strict=True))
+    assert all(THOUGHTS in c.turns[0][0] for c in summariser.prompts)
+    assert not any("16" in c.turns[0][0] for c in reasoner.prompts)
     assert {(a.answer, a.reasoning, a.reasoning_tokens, a.failure) for a in answers} == {
         ("16", THOUGHTS, len(THOUGHTS.split()), None)
     }
-    assert reasoner.samplings == [Sampling(max_new_tokens=50)]
-    assert summariser.samplings == [Sampling(max_new_tokens=5)]
+    assert reasoner.samplings == {Sampling(max_new_tokens=50)}
+    assert summariser.samplings == {Sampling(max_new_tokens=5)}
 
 
 @pytest.mark.parametrize(
-    ("text", "finished", "reason"),
+    ("reply", "reason", "kept"),
     [
-        ("it is 16", True, "no thoughts frame"),
-        ("", True, "no thoughts frame"),
-        ("<thoughts>\n\n</thoughts>", True, "no steps"),
-        (THOUGHTS, False, "reasoning cut off"),
+        (Completion("it is 16", 4, True), "no thoughts frame", ("it is 16", 4)),
+        (Completion("", 0, True), "no thoughts frame", ("", 0)),
+        (Completion("<thoughts>\n\n</thoughts>", 4, True), "no steps", ("<thoughts>\n\n</thoughts>", 4)),
+        (Completion(THOUGHTS, 4, False), "reasoning cut off", (THOUGHTS, 4)),
+        (Failure("timeout", "after 60 s"), "timeout", (None, 0)),
     ],
 )
 def test_a_reasoner_that_fails_leaves_the_question_to_the_summary_agent(
-    text: str, finished: bool, reason: str
+    reply: Reply, reason: str, kept: tuple[str | None, int]
 ) -> None:
-    reasoner = Recorder(lambda n: Completion(text, 4, finished) if n == 1 else Completion(THOUGHTS, 9, True))
+    reasoner = Recorder(lambda n: reply if n == 1 else Completion(THOUGHTS, 9, True))
     summariser = says("16")
-    answers = answer_with_agents(reasoner, summariser, QUESTIONS, "short")
+    answers = by_agents(reasoner, summariser)
     assert [a.failure for a in answers] == [None, reason, None] and [a.answer for a in answers] == ["16"] * 3
-    alone = summariser.asked[1]
+    alone = summariser.prompts[1]
     assert alone.turns == [(fill("short", "direct", question=QUESTIONS[1].question), "")]
     assert list(alone.images) == QUESTIONS[1].images
-    assert answers[1].reasoning == text and answers[1].reasoning_tokens == 4
+    assert (answers[1].reasoning, answers[1].reasoning_tokens) == kept
 
 
-def test_an_answer_cut_off_is_a_failure_of_either_system() -> None:
-    direct = answer_directly(says("one hundred and", finished=False), QUESTIONS[:1], "short", 3)
-    agents = answer_with_agents(says(THOUGHTS), says("one hundred", finished=False), QUESTIONS[:1], "short")
-    assert [direct[0].failure, agents[0].failure] == ["answer cut off"] * 2
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Completion("one hundred and", 3, False), "answer cut off"),
+        (Failure("HTTP 400", "too long"), "HTTP 400"),
+    ],
+)
+def test_an_answer_that_did_not_come_is_a_failure_of_either_system(reply: Reply, reason: str) -> None:
+    direct = asyncio.run(answer_directly(Recorder(lambda n: reply), QUESTIONS[0], "short", 3))
+    agents = by_agents(says(THOUGHTS), Recorder(lambda n: reply))
+    assert {direct.failure, *(answer.failure for answer in agents)} == {reason}
+    assert agents[0].reasoning == THOUGHTS
 
 
 def test_answering_directly_is_one_greedy_call_with_the_picture() -> None:
     engine = says(" 16 ")
-    answers = answer_directly(engine, QUESTIONS, "short", 7)
-    assert [(a.answer, a.reasoning, a.failure) for a in answers] == [("16", None, None)] * 3
-    assert [list(c.images) for c in engine.asked] == [q.images for q in QUESTIONS]
-    assert engine.samplings == [Sampling(max_new_tokens=7)]
+    answer = asyncio.run(answer_directly(engine, QUESTIONS[0], "short", 7))
+    assert (answer.answer, answer.reasoning, answer.failure) == ("16", None, None)
+    assert [list(c.images) for c in engine.prompts] == [QUESTIONS[0].images]
+    assert engine.samplings == {Sampling(max_new_tokens=7)}
 
 
-def test_no_questions_no_answers() -> None:
-    assert answer_with_agents(says("x"), says("x"), [], "short") == []
-    assert answer_directly(says("x"), [], "short") == []
-    assert sample_reasoning(says("x"), [], 4, "short", Sampling()) == []
+@pytest.mark.parametrize(
+    ("reply", "outcome"),
+    [
+        (
+            Completion(THOUGHTS, 3, True),
+            ReasoningPath(
+                "q0",
+                1,
+                [Step("Read", "row 1 is 3 5 8"), Step("Answer", "16", "final_answer")],
+                THOUGHTS,
+                "",
+            ),
+        ),
+        (Completion("junk", 3, True), FailedPath("q0", 1, "no thoughts frame", "junk")),
+        (Completion(THOUGHTS, 3, False), FailedPath("q0", 1, "reasoning cut off", THOUGHTS)),
+        (Failure("timeout", "after 60 s"), FailedPath("q0", 1, "timeout", "after 60 s")),
+    ],
+)
+def test_a_sample_is_a_path_or_a_failure_with_its_reason(
+    reply: Reply, outcome: ReasoningPath | FailedPath
+) -> None:
+    engine = Recorder(lambda n: reply)
+    assert asyncio.run(sample_reasoning(engine, QUESTIONS[0], 1, "short", Sampling(1.0))) == outcome
 
 
-def test_samples_come_in_order_of_question_and_number_failures_among_them() -> None:
-    engine = Recorder(lambda n: Completion("junk" if n == 1 else THOUGHTS, 3, n != 2))
-    outcomes = sample_reasoning(engine, QUESTIONS, 2, "short", Sampling(1.0, seed=4))
-    assert [(o.question_id, o.sample) for o in outcomes] == [(q.id, n) for q in QUESTIONS for n in (0, 1)]
-    steps = [Step("Read", "row 1 is 3 5 8"), Step("Answer", "16", "final_answer")]
-    assert outcomes[0] == ReasoningPath("q0", 0, steps, THOUGHTS, "")
-    assert outcomes[2] == FailedPath("q1", 0, "no thoughts frame", "junk")
-    assert outcomes[4] == FailedPath("q2", 0, "reasoning cut off", THOUGHTS)
-    assert engine.samplings == [Sampling(1.0, seed=4)]
+def test_every_sample_has_a_seed_of_its_own() -> None:
+    engine = says(THOUGHTS)
+
+    async def run() -> None:
+        for question in QUESTIONS:
+            for sample in (0, 1):
+                for seed in (0, 4):
+                    await sample_reasoning(engine, question, sample, "short", Sampling(1.0, seed=seed))
+
+    asyncio.run(run())
+    assert len(engine.samplings) == 3 * 2 * 2

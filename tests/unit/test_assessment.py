@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from dataclasses import replace
 
 import pytest
 
 from models.assessment import (
     ModelJudge,
     RuleJudge,
-    filter_answers,
     judge_prompt,
+    mark_answer,
     parse_scores,
     parse_verdict,
     score_paths,
     scores_json,
+    scores_schema,
 )
-from models.engines.base import Sampling
+from models.engines.base import Engine, Failure, Reply, Request
 from models.engines.fake import FakeEngine
 from models.records import Question, ReasoningPath, Step
-from models.vlm import Conversation
 
 DOG = Question("dog", ["images/dog.png"], "What animal is it?", "dog")
 SUM = Question("sum", ["images/sum.png"], "What is the sum?", "16")
-QUESTIONS = {q.id: q for q in (DOG, SUM)}
 
 
 def path(question: Question, sample: int = 0, answer: str = "16", steps: int = 1) -> ReasoningPath:
@@ -85,70 +85,75 @@ def test_verdicts(text: str, verdict: bool | None) -> None:
     assert parse_verdict(text) is verdict
 
 
+def mark(answer: str, question: Question, engine: Engine | None = None) -> tuple[bool | None, str]:
+    """What becomes of an answer, and how."""
+    asked = path(question, 3, answer)
+    marked, how = asyncio.run(mark_answer(asked, question, engine, "short"))
+    assert replace(marked, right=None) == asked
+    return marked.right, how
+
+
 def test_the_filter_knows_right_wrong_and_unknown() -> None:
-    paths = [path(SUM, 0, "16"), path(SUM, 1, "17"), path(DOG, 0, "a puppy")]
-    marked, counts = filter_answers(paths, QUESTIONS)
-    assert [p.right for p in marked] == [True, False, None]
-    assert counts == {"by rule": 2, "unknown": 1}
+    assert mark("16", SUM) == (True, "by rule") and mark("17", SUM) == (False, "by rule")
+    assert mark("a puppy", DOG) == (None, "unknown")
 
 
-def test_a_model_is_asked_only_where_rules_cannot_tell() -> None:
-    said = {"a puppy": "1", "a wolf": "0", "a cub": "perhaps"}
-    asked: list[tuple[Conversation, Sampling]] = []
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [("1", (True, "by model")), ("0", (False, "by model")), ("perhaps", (None, "unknown"))],
+)
+def test_a_model_is_asked_only_where_rules_cannot_tell(said: str, outcome: tuple[bool | None, str]) -> None:
+    asked: list[Request] = []
+    engine = FakeEngine(lambda request: (asked.append(request), said)[1])
+    assert mark("a puppy", DOG, engine) == outcome
+    assert "dog" in asked[0].prompt.turns[0][0] and "a puppy" in asked[0].prompt.turns[0][0]
+    assert asked[0].sampling.temperature == 0.2
+    assert mark("17", SUM, engine) == (False, "by rule") and len(asked) == 1
 
-    def reply(conversation: Conversation, sampling: Sampling) -> str:
-        asked.append((conversation, sampling))
-        return next(verdict for answer, verdict in said.items() if answer in conversation.turns[0][0])
 
-    paths = [path(SUM, 0, "16"), *[path(DOG, n, answer) for n, answer in enumerate(said)], path(SUM, 1, "17")]
-    marked, counts = filter_answers(paths, QUESTIONS, FakeEngine(reply), "short")
-    assert [p.right for p in marked] == [True, True, False, None, False]
-    assert [(p.question_id, p.sample, p.answer) for p in marked] == [
-        (p.question_id, p.sample, p.answer) for p in paths
-    ]
-    assert len(asked) == 3 and all("dog" in c.turns[0][0] for c, _ in asked)
-    assert {s.temperature for _, s in asked} == {0.2}
-    assert counts == {"by rule": 2, "by model": 2, "unknown": 1} and sum(counts.values()) == len(paths)
+def test_a_verdict_that_never_came_leaves_the_answer_unknown() -> None:
+    assert mark("a puppy", DOG, Silent()) == (None, "unknown")
 
 
 def test_an_empty_answer_is_wrong_and_needs_no_model() -> None:
-    engine = FakeEngine(lambda c, s: "1")
-    marked, _ = filter_answers([path(DOG, 0, "")], QUESTIONS, engine, "short")
-    assert marked[0].right is False and engine.requests == 0
+    engine = FakeEngine(lambda request: "1")
+    assert mark("", DOG, engine) == (False, "by rule") and engine.requests == 0
+
+
+class Silent(FakeEngine):
+    """Gives up on every request."""
+
+    async def ask(self, request: Request) -> Reply:
+        return Failure("timeout")
+
+
+def score(paths: list[ReasoningPath], engine: Engine) -> tuple[list[int | None], bool]:
+    scored, readable = asyncio.run(score_paths(paths, SUM, ModelJudge(engine, "short")))
+    assert [replace(p, score=None) for p in scored] == paths
+    return [p.score for p in scored], readable
 
 
 def test_all_paths_of_a_question_are_scored_in_one_call() -> None:
-    asked: list[Conversation] = []
-
-    def reply(conversation: Conversation, sampling: Sampling) -> str:
-        asked.append(conversation)
-        assert sampling.temperature == 0
-        return scores_json([30, 90] if "sum" in conversation.turns[0][0] else [55])
-
-    paths = [path(SUM, 0), path(DOG, 0, "dog"), path(SUM, 1)]  # not side by side
-    scored, unreadable = score_paths(paths, QUESTIONS, ModelJudge(FakeEngine(reply), "short"))
-    assert [(p.question_id, p.sample, p.score) for p in scored] == [
-        ("sum", 0, 30),
-        ("dog", 0, 55),
-        ("sum", 1, 90),
-    ]
-    assert len(asked) == 2 and unreadable == 0
-    for conversation, question in zip(asked, (SUM, DOG), strict=True):
-        text = conversation.turns[0][0]
-        assert list(conversation.images) == question.images and conversation.turns[0][1] == ""
-        assert question.question in text and question.answer in text
-    assert all(f"{n}. {p.text} ({n})" in asked[0].turns[0][0] for n, p in enumerate((paths[0], paths[2]), 1))
+    asked: list[Request] = []
+    engine = FakeEngine(lambda request: (asked.append(request), scores_json([30, 90]))[1])
+    paths = [path(SUM, 0), path(SUM, 1)]
+    assert score(paths, engine) == ([30, 90], True)
+    (request,) = asked
+    text = request.prompt.turns[0][0]
+    assert list(request.prompt.images) == SUM.images and request.prompt.turns[0][1] == ""
+    assert SUM.question in text and SUM.answer in text and request.sampling.temperature == 0
+    assert all(f"{n}. {p.text} ({n})" in text for n, p in enumerate(paths, 1))
+    assert request.schema == scores_schema(2) and set(request.schema["required"]) == {"1", "2"}
 
 
-def test_an_unreadable_reply_leaves_the_question_without_scores_and_is_counted() -> None:
-    judge = ModelJudge(FakeEngine(lambda c, s: scores_json([1] if "sum" in c.turns[0][0] else [55])), "short")
-    scored, unreadable = score_paths([path(SUM, 0), path(SUM, 1), path(DOG, 0)], QUESTIONS, judge)
-    assert [p.score for p in scored] == [None, None, 55] and unreadable == 1
+@pytest.mark.parametrize("engine", [FakeEngine(lambda request: scores_json([1])), Silent()])
+def test_an_unreadable_reply_leaves_the_question_without_scores(engine: Engine) -> None:
+    assert score([path(SUM, 0), path(SUM, 1)], engine) == ([None, None], False)
 
 
 def test_nothing_to_score_asks_nothing() -> None:
     engine = FakeEngine()
-    assert score_paths([], QUESTIONS, ModelJudge(engine, "short")) == ([], 0) and engine.requests == 0
+    assert score([], engine) == ([], True) and engine.requests == 0
 
 
 def test_a_path_cannot_speak_for_the_prompt() -> None:
@@ -159,9 +164,8 @@ def test_a_path_cannot_speak_for_the_prompt() -> None:
 
 
 def test_the_rule_judge_knows_the_answer_and_nothing_else() -> None:
-    marked, _ = filter_answers([path(SUM, n, a, s) for n, (a, s) in enumerate(CASES)], QUESTIONS)
-    scored, unreadable = score_paths([*marked, path(SUM, 9)], QUESTIONS, RuleJudge())
-    assert [p.score for p in scored] == [100, 100, 100, 1, 1] and unreadable == 0
-
-
-CASES: Sequence[tuple[str, int]] = [("16", 1), ("16", 2), ("16", 40), ("17", 5)]
+    cases = [("16", 1, True), ("16", 2, True), ("16", 40, True), ("17", 5, False), ("16", 1, None)]
+    paths = [
+        replace(path(SUM, n, answer, steps), right=right) for n, (answer, steps, right) in enumerate(cases)
+    ]
+    assert asyncio.run(RuleJudge().score(SUM, paths)) == [100, 100, 100, 1, 1]

@@ -5,8 +5,8 @@ pytest tests/unit/test_benchmarks.py
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from benchmarks import pooling, results, systems
 from benchmarks.pooling import Claim
 from benchmarks.results import Row
-from models.engines.base import Completion, Sampling
+from models.engines.base import Completion, Reply, Request
 from models.engines.fake import FakeEngine
 from models.prompts import prompt
 from models.records import Question, ReasoningPath, Step
@@ -106,8 +106,8 @@ def test_the_answer_stands_after_the_reasoning(text: str, reasoning: str | None,
 
 def test_an_answer_in_one_go_says_why_it_failed() -> None:
     def said(text: str) -> tuple[str, str | None]:
-        engine = FakeEngine(lambda conversation, sampling: text)
-        (found,) = systems.answer_in_one_go(engine, [QUESTION], "short", 99)
+        engine = FakeEngine(lambda request: text)
+        found = asyncio.run(systems.answer_in_one_go(engine, QUESTION, "short", 99))
         return found.answer, found.failure
 
     assert said(THOUGHTS + "\n16") == ("16", None)
@@ -118,21 +118,23 @@ def test_an_answer_in_one_go_says_why_it_failed() -> None:
 class Turns:
     """An engine that reasons on a first turn and answers on a second; keeps what it was asked."""
 
-    batch_size = 8
+    capacity, independent = 8, True
 
     def __init__(self, reasoning: str, finished: bool = True) -> None:
         self.reasoning, self.finished = reasoning, finished
         self.asked: list[tuple[Conversation, int]] = []
 
-    def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
-        self.asked += [(prompt, sampling.max_new_tokens) for prompt in prompts]
+    async def ask(self, request: Request) -> Reply:
+        self.asked.append((request.prompt, request.sampling.max_new_tokens))
         first = Completion(self.reasoning, 9, self.finished)
-        return [first if len(p.turns) == 1 else Completion(" 16", 1, True) for p in prompts]
+        return first if len(request.prompt.turns) == 1 else Completion(" 16", 1, True)
+
+    async def close(self) -> None: ...
 
 
 def test_two_turns_ask_with_the_models_own_reasoning_and_the_picture() -> None:
     engine = Turns(THOUGHTS)
-    (said,) = systems.answer_in_two_turns(engine, [QUESTION], "short", 50, 5)
+    said = asyncio.run(systems.answer_in_two_turns(engine, QUESTION, "short", 50, 5))
     assert (said.answer, said.reasoning, said.reasoning_tokens, said.failure) == ("16", THOUGHTS, 9, None)
     (_, first), (second, last) = engine.asked
     assert (first, last) == (50, 5) and second.images == QUESTION.images
@@ -146,7 +148,7 @@ def test_two_turns_ask_with_the_models_own_reasoning_and_the_picture() -> None:
 def test_two_turns_count_reasoning_that_failed(
     reasoning: str, finished: bool, answer: str, failure: str
 ) -> None:
-    (said,) = systems.answer_in_two_turns(Turns(reasoning, finished), [QUESTION], "short", 50, 5)
+    said = asyncio.run(systems.answer_in_two_turns(Turns(reasoning, finished), QUESTION, "short", 50, 5))
     assert (said.answer, said.failure) == (answer, failure)
 
 

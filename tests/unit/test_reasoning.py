@@ -1,31 +1,33 @@
-"""The step loop: hostile replies, retries, bounds, an append-only history; thoughts there and back."""
+"""Chains step by step: hostile replies, retries, bounds, an append-only history; thoughts there and back."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
 
-from models.engines.base import Completion, Sampling
-from models.engines.fake import ONE_STEP, FakeEngine
+from models.engines.base import Completion, Engine, Failure, Reply, Request
+from models.engines.fake import ONE_STEP
 from models.reasoning import (
+    ACTIONS,
     MAX_ANSWER,
     MAX_CONTENT,
     MAX_TITLE,
     Settings,
     StepError,
-    StepLoop,
     parse_step,
     parse_thoughts,
+    progressive_chain,
     step_json,
+    step_schema,
     thoughts,
 )
 from models.records import FailedPath, Question, ReasoningPath, Step, to_json, write_jsonl
-from models.vlm import Conversation
 
 SETTINGS = Settings(prompts="short", min_steps=1, max_steps=4, attempts=3)
+Outcome = ReasoningPath | FailedPath
 QUESTIONS = [Question(f"q{n}", [f"images/{n}.png"], f"What is {n}?", str(n)) for n in range(3)]
 
 
@@ -34,21 +36,25 @@ def reply(title: str = "Read", content: str = "row 1 is 3 5 8", action: str = "c
 
 
 class Script:
-    """An engine that replies from a list to each question's calls, and keeps what it was asked."""
+    """An engine that says one reply after another, the last one for ever, and keeps what it was asked."""
 
-    batch_size = 8
+    capacity = 8
 
-    def __init__(self, *replies: str | Completion) -> None:
+    def __init__(self, *replies: str | Reply) -> None:
         self.replies = replies
-        self.asked: list[list[Conversation]] = []
-        self.samplings: list[Sampling] = []
+        self.asked: list[Request] = []
 
-    def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
+    async def ask(self, request: Request) -> Reply:
         said = self.replies[min(len(self.asked), len(self.replies) - 1)]
-        self.asked.append(list(prompts))
-        self.samplings.append(sampling)
-        done = said if isinstance(said, Completion) else Completion(said, 1, True)
-        return [done for _ in prompts]
+        self.asked.append(request)
+        return Completion(said, 1, True) if isinstance(said, str) else said
+
+    async def close(self) -> None: ...
+
+
+def chain(engine: Engine, settings: Settings = SETTINGS, sample: int = 0, seed: int = 0) -> Outcome:
+    """One chain of the first question."""
+    return asyncio.run(progressive_chain(engine, QUESTIONS[0], sample, settings, seed))
 
 
 @pytest.mark.parametrize(
@@ -95,95 +101,106 @@ def test_extra_keys_are_left_out_and_the_last_of_two_equal_ones_counts() -> None
 
 def test_a_chain_ends_with_a_separate_answer() -> None:
     engine = Script(reply(), reply("Answer", "it is 16", "final_answer"), " 16 ")
-    outcomes = StepLoop(engine, SETTINGS).run(QUESTIONS[:1], [0], seed=0)
-    assert outcomes == [
-        ReasoningPath(
-            "q0",
-            0,
-            [Step("Read", "row 1 is 3 5 8"), Step("Answer", "it is 16", "final_answer")],
-            "<thoughts>\nRead: row 1 is 3 5 8\nAnswer: it is 16\n</thoughts>",
-            "16",
-        )
-    ]
+    assert chain(engine) == ReasoningPath(
+        "q0",
+        0,
+        [Step("Read", "row 1 is 3 5 8"), Step("Answer", "it is 16", "final_answer")],
+        "<thoughts>\nRead: row 1 is 3 5 8\nAnswer: it is 16\n</thoughts>",
+        "16",
+    )
+    assert [list(request.prompt.images) for request in engine.asked] == [QUESTIONS[0].images] * 3
+    assert [request.goes_on for request in engine.asked] == [True, True, False]
+    assert len({request.key for request in engine.asked}) == 3
 
 
-def test_outcomes_are_in_order_of_question_and_sample_and_pictures_are_passed() -> None:
-    engine = Script(ONE_STEP, "7")
-    outcomes = StepLoop(engine, SETTINGS).run(QUESTIONS, [0, 1], seed=0)
-    expected = [(q.id, n) for q in QUESTIONS for n in (0, 1)]
-    assert [(o.question_id, o.sample) for o in outcomes] == expected
-    for asked in engine.asked:
-        assert [list(c.images) for c in asked] == [q.images for q in QUESTIONS for _ in (0, 1)]
-
-
-def test_no_questions_no_outcomes() -> None:
-    assert StepLoop(FakeEngine(), SETTINGS).run([], [0], seed=0) == []
-    assert StepLoop(FakeEngine(), SETTINGS).run(QUESTIONS, [], seed=0) == []
-
-
-def test_history_is_only_ever_appended_to() -> None:
-    engine = Script(reply("One"), "broken", reply("Two"), reply("Three"), ONE_STEP, "7")
-    StepLoop(engine, SETTINGS).run(QUESTIONS[:1], [0], seed=0)
-    prompts = [asked[0].turns for asked in engine.asked]
+def test_history_is_only_ever_appended_to_as_it_was_written() -> None:
+    spaced = reply("Two").replace(",", " ,  ")
+    engine = Script(reply("One"), "broken", spaced, reply("Three"), ONE_STEP, "7")
+    chain(engine)
+    prompts = [request.prompt.turns for request in engine.asked]
     assert [len(turns) for turns in prompts] == [1, 2, 2, 3, 4, 5]
     for earlier, later in pairwise(prompts):
         said = [*earlier[:-1], (earlier[-1][0], later[len(earlier) - 1][1])]
         assert list(later[: len(earlier)]) == said
     assert all(turns[-1][1] == "" and all(answer for _, answer in turns[:-1]) for turns in prompts)
+    assert prompts[-1][1][1] == spaced
 
 
-@pytest.mark.parametrize("bad", ["broken", Completion(ONE_STEP, 9, False)])
-def test_a_step_that_stays_unreadable_fails_the_chain_with_its_reason(bad: str | Completion) -> None:
+@pytest.mark.parametrize(
+    ("bad", "reason", "text"),
+    [
+        ("broken", "not JSON", "broken"),
+        (Completion(ONE_STEP, 9, False), "cut off", ONE_STEP),
+        (Failure("timeout", "after 60 s"), "timeout", "after 60 s"),
+    ],
+)
+def test_a_step_that_stays_unreadable_fails_the_chain_with_its_reason(
+    bad: str | Reply, reason: str, text: str
+) -> None:
     engine = Script(reply(), bad)
-    (outcome,) = StepLoop(engine, SETTINGS).run(QUESTIONS[:1], [0], seed=0)
+    outcome = chain(engine)
     assert isinstance(outcome, FailedPath)
-    assert outcome.reason == ("not JSON" if bad == "broken" else "cut off")
-    assert outcome.text == (bad if isinstance(bad, str) else bad.text)
+    assert outcome.reason == reason and outcome.text == text
     assert outcome.steps == [Step("Read", "row 1 is 3 5 8")]
-    assert len(engine.asked) == 1 + SETTINGS.attempts + 1  # a step, the attempts, and no answer of any chain
-    assert engine.asked[-1] == []
+    assert len(engine.asked) == 1 + SETTINGS.attempts  # a step, the attempts, and no answer
 
 
 def test_attempts_are_counted_for_each_step_and_drawn_anew() -> None:
     engine = Script("x", "x", reply(), "x", "x", ONE_STEP, "7")
-    (outcome,) = StepLoop(engine, SETTINGS).run(QUESTIONS[:1], [0], seed=0)
+    outcome = chain(engine)
     assert isinstance(outcome, ReasoningPath) and len(outcome.steps) == 2
-    assert len({sampling.seed for sampling in engine.samplings}) == len(engine.samplings)
+    assert len({request.sampling.seed for request in engine.asked}) == len(engine.asked)
 
 
-def test_a_failed_chain_does_not_stop_the_others() -> None:
-    engine = FakeEngine(lambda c, s: "junk" if "What is 1?" in c.turns[0][0] else ONE_STEP)
-    outcomes = StepLoop(engine, SETTINGS).run(QUESTIONS, [0], seed=0)
-    assert [type(o) for o in outcomes] == [ReasoningPath, FailedPath, ReasoningPath]
-    assert engine.requests == 2 * 2 + SETTINGS.attempts
+def test_every_sample_of_every_question_is_drawn_from_a_seed_of_its_own() -> None:
+    seeds = set()
+    for question in QUESTIONS:
+        for sample in (0, 1):
+            for seed in (0, 1):
+                engine = Script(ONE_STEP, "7")
+                asyncio.run(progressive_chain(engine, question, sample, SETTINGS, seed))
+                seeds |= {request.sampling.seed for request in engine.asked}
+    assert len(seeds) == 3 * 2 * 2 * 2
 
 
 def test_the_step_cap_ends_a_chain() -> None:
     engine = Script(*[reply()] * 4, "7")
-    (outcome,) = StepLoop(engine, SETTINGS).run(QUESTIONS[:1], [0], seed=0)
+    outcome = chain(engine)
     assert isinstance(outcome, ReasoningPath) and len(outcome.steps) == SETTINGS.max_steps
     assert outcome.steps[-1].next_action == "final_answer"
-    assert '"final_answer"' in engine.asked[-1][0].turns[-2][1]
+    assert '"final_answer"' in engine.asked[-1].prompt.turns[-2][1]
 
 
 def test_too_early_an_end_is_a_continue() -> None:
     engine = Script(*[ONE_STEP] * 3, "7")
-    loop = StepLoop(engine, Settings(prompts="short", min_steps=3, max_steps=4))
-    (outcome,) = loop.run(QUESTIONS[:1], [0], seed=0)
+    outcome = chain(engine, Settings(prompts="short", min_steps=3, max_steps=4))
     assert isinstance(outcome, ReasoningPath)
     assert [s.next_action for s in outcome.steps] == ["continue", "continue", "final_answer"]
 
 
+def test_the_schema_of_a_step_leaves_the_actions_that_its_number_leaves() -> None:
+    settings = Settings(min_steps=2, max_steps=4)
+    actions = [step_schema(n, settings)["properties"]["next_action"]["enum"] for n in (1, 2, 3, 4)]
+    assert actions == [["continue"], list(ACTIONS), list(ACTIONS), ["final_answer"]]
+    engine = Script(reply(), ONE_STEP, "7")
+    chain(engine)
+    assert [request.schema is None for request in engine.asked] == [False, False, True]
+
+
 @pytest.mark.parametrize("bad", ["", "  ", "x" * (MAX_ANSWER + 1), Completion("7", 1, False)])
 def test_a_chain_without_an_answer_is_a_failed_one(bad: str | Completion) -> None:
-    (outcome,) = StepLoop(Script(ONE_STEP, bad), SETTINGS).run(QUESTIONS[:1], [0], seed=0)
+    outcome = chain(Script(ONE_STEP, bad))
     assert isinstance(outcome, FailedPath) and outcome.reason == "no answer"
 
 
+def test_an_answer_that_the_engine_gave_up_on_is_a_failed_chain() -> None:
+    outcome = chain(Script(ONE_STEP, Failure("HTTP 400", "too long")))
+    assert isinstance(outcome, FailedPath) and (outcome.reason, outcome.text) == ("HTTP 400", "too long")
+
+
 def test_every_outcome_can_be_written(tmp_path: object) -> None:
-    engine = Script('{"title":"a","content":"\\ud83d","next_action":"continue"}')
-    outcomes = StepLoop(engine, SETTINGS).run(QUESTIONS[:1], [0], seed=0)
-    assert write_jsonl(f"{tmp_path}/x.jsonl", [to_json(outcome) for outcome in outcomes]) == 1
+    outcome = chain(Script('{"title":"a","content":"\\ud83d","next_action":"continue"}'))
+    assert write_jsonl(f"{tmp_path}/x.jsonl", [to_json(outcome)]) == 1
 
 
 @pytest.mark.parametrize(
@@ -226,13 +243,3 @@ def test_a_step_is_one_line_of_thoughts_whatever_is_in_it(gap: str) -> None:
 def test_what_is_no_chain_is_refused(text: str) -> None:
     with pytest.raises(StepError):
         parse_thoughts(text)
-
-
-def test_the_same_seed_asks_the_same() -> None:
-    def run(engine_reply: Callable[[Conversation, Sampling], str]) -> list[object]:
-        return list(StepLoop(FakeEngine(engine_reply), SETTINGS).run(QUESTIONS, [0, 1], seed=7))
-
-    def by_seed(conversation: Conversation, sampling: Sampling) -> str:
-        return reply(content=f"drawn with {sampling.seed}", action="final_answer")
-
-    assert run(by_seed) == run(by_seed)
