@@ -9,9 +9,10 @@ The label is always the ground truth. General visual questions join in `summary_
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tasks import params, roles
 from tasks.sampling import sample_reasoner
@@ -22,11 +23,13 @@ CURATED, REASONER = Path("artifacts/curate"), Path("artifacts/reasoning_sft/chec
 
 @dataclass(frozen=True)
 class Params:
-    """questions and samples: how much the reasoner writes; temperature and top_p: how it is sampled."""
+    """questions and samples: how much the reasoner writes; temperature and top_p: how it is sampled;
+    keep: all of a question's chains, or the one with the most steps."""
 
     prompts: str = "full"
     questions: int = 1000
     samples: int = 1
+    keep: Literal["all", "longest"] = "all"
     temperature: float = 0.7
     top_p: float = 0.95
     max_new_tokens: int = 4096
@@ -46,6 +49,9 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
     asked = roles.training_questions("generate", p.questions, seed=1)
     sampled = sample_reasoner(roles.engine(REASONER, p.batch_size), asked, p, seed, stage.scratch)
     own = [row for row in sampled if "reason" not in row]
+    failed = len(sampled) - len(own)
+    if p.keep == "longest":
+        own = longest(own)
     rows += [{"piece": "reasoner", "question_id": row["question_id"], "thoughts": row["text"]} for row in own]
     if not rows:
         raise StageError(
@@ -57,8 +63,23 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
     return {
         "records": len(rows),
         "pieces": dict(Counter(row["piece"] for row in rows)),
-        "failed": len(sampled) - len(own),
+        "failed": failed,
+        "left_out": len(sampled) - failed - len(own),
     }
+
+
+def longest(chains: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of each question the chain with the most steps, the first of several; chains: rows of ReasoningPath.
+
+    Where the reasoner often guesses, and its guesses tell nothing, a summary agent that saw mostly those
+    leaves aside the worked-out chains as well, which the preference rounds make common.
+    """
+    kept: dict[str, Mapping[str, Any]] = {}
+    for chain in chains:
+        name = chain["question_id"]
+        if name not in kept or len(chain["steps"]) > len(kept[name]["steps"]):
+            kept[name] = chain
+    return list(kept.values())
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from models.records import ReasoningPath
 from tasks.curate import across_bands, best_paths
+from tasks.summary_data import longest
 
 
 def path(sample: int, score: int | None, right: bool | None = True, question: str = "q") -> ReasoningPath:
@@ -59,3 +60,12 @@ def test_no_path_is_drawn_twice_and_never_more_than_there_are() -> None:
 def test_the_draw_hangs_on_the_seed_alone() -> None:
     paths = [path(n, n % 100 + 1) for n in range(200)]
     assert draw(paths, 20, 1) == draw(paths, 20, 1) != draw(paths, 20, 2)
+
+
+def test_the_longest_chain_of_a_question_is_kept_the_first_of_several() -> None:
+    def chain(question: str, sample: int, steps: int) -> dict:
+        return {"question_id": question, "sample": sample, "steps": [{}] * steps}
+
+    chains = [chain("q", 0, 1), chain("q", 1, 3), chain("q", 2, 3), chain("r", 0, 2), chain("r", 1, 1)]
+    assert [(c["question_id"], c["sample"]) for c in longest(chains)] == [("q", 1), ("r", 0)]
+    assert longest([]) == []
