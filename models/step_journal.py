@@ -6,11 +6,13 @@
         journal.put(step, {"title": "Read", ...})  # durable within 50 ms
         journal.compact()                          # all done: one sorted file
 
-While steps arrive they live in an SQLite database in WAL mode, written in groups by a thread of its own.
-WHY
+Until then steps live in an SQLite database in WAL mode, written in groups by a thread of its own. At 3,000
+steps/s of 1 KB (serialised) it took 14-20 µs of CPU a step, and 36 ms for the slowest to be durable; an
+append-only log with its index in SQLite 13-16 and 28: no reason to write recovery and a store anew.
+
 Steps become durable in the order they were put. One process at a time: a POSIX lock, which goes with its
-process and which, unlike flock, the children of a killed process do not keep. SQLite needs a disk that
-processes can map (a local one, not every network share).
+process and which, unlike flock, the children of a killed one do not keep. SQLite in this mode needs a
+local disk.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ _INSERT = "INSERT OR IGNORE INTO steps VALUES "
 _ROW = "(?, ?)"
 _SELECT = "SELECT value FROM steps WHERE key = ?"
 _SORTED = "SELECT key, value FROM steps ORDER BY key"
-_ENTRY_BYTES = 400
+_ENTRY_BYTES = 400  # of a waiting step, beside its value
 _VALUE = b', "value": '  # cannot be part of a JSON string, in which every quote stands behind a backslash
 _PLAIN, _ESCAPED = (
     {sort: json.JSONEncoder(ensure_ascii=escape, allow_nan=False, sort_keys=sort) for sort in (False, True)}
@@ -106,7 +108,10 @@ class Journal:
         atexit.register(self.close)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The value put for the key, durable yet or not; None when there is none."""
+        """The value put for the key, durable yet or not; None when there is none.
+
+        Raises JournalError when the disk cannot be read.
+        """
         with self._changed:
             self._refuse_closed()
             waiting = self._waiting.get(key) or self._writing.get(key)
@@ -134,7 +139,7 @@ class Journal:
                 self._changed.notify_all()
                 self._changed.wait()
                 self._check()
-            if key in self._waiting:
+            if key in self._waiting or key in self._writing:
                 return
             self._waiting[key] = text
             self._waiting_bytes += len(text) + _ENTRY_BYTES

@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from inspect import getsource
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models.step_journal import Journal, JournalError, payload_hash, step_key
+from models.step_journal import PACE_S, Journal, JournalError, payload_hash, step_key
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 3000
@@ -122,19 +123,47 @@ def test_a_step_is_known_at_every_moment_on_its_way_to_the_disk(tmp_path: Path) 
 def test_the_first_value_of_a_key_stays(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal:
-        for wait in (False, True, False):
-            journal.put("k", {"wait": wait})
-            assert journal.get("k") == {"wait": False}
-            if wait:
+        with busy_disk(path):
+            for n in range(3):  # waiting, then being written
+                journal.put("k", {"n": n})
+                assert journal.get("k") == {"n": 0}
+                time.sleep(0.03)
+        for n in range(3, 9):  # on disk
+            journal.put("k", {"n": n})
+            assert journal.get("k") == {"n": 0}
+            if n % 2:
                 journal.flush()
         journal.flush()
         assert journal.written == 1
         journal.compact()
     with Journal(path) as journal:
-        journal.put("k", {"wait": None})
-        assert journal.get("k") == {"wait": False}
-        assert journal.compact().read_text() == '{"key": "k", "value": {"wait": false}}\n'
+        journal.put("k", {"n": 9})
+        assert journal.get("k") == {"n": 0}
+        assert journal.compact().read_text() == '{"key": "k", "value": {"n": 0}}\n'
     assert journal.written == 0
+
+
+def test_flush_waits_for_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal, ThreadPoolExecutor(1) as thread:
+        with busy_disk(path):
+            for n in range(3):
+                journal.put(f"k{n}", {})
+                time.sleep(0.03)
+            flushed = thread.submit(journal.flush)
+            time.sleep(0.1)
+            assert not flushed.done() and journal.written == 0
+        flushed.result()
+        assert journal.written == 3
+
+
+@contextmanager
+def busy_disk(path: Path) -> Iterator[None]:
+    """The journal's database is locked: what is put is not written."""
+    with closing(sqlite3.connect(f"{path}.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")
+        yield
+        db.execute("ROLLBACK")
 
 
 def test_killed_again_and_again_it_loses_nothing_durable_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -160,7 +189,8 @@ def test_killed_again_and_again_it_loses_nothing_durable_and_ends_with_the_same_
 def test_what_was_put_is_durable_moments_later_without_a_flush(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with process(
-        path, "[journal.put(key(n), value(n)) for n in range(50)]; say('put'); time.sleep(60)"
+        path,
+        "for n in range(50): journal.put(key(n), value(n)); time.sleep(0.001)\nsay('put'); time.sleep(60)",
     ) as child:
         assert line(child) == "put"
         time.sleep(0.3)
@@ -174,13 +204,31 @@ def test_what_was_put_is_durable_when_a_process_ends_without_closing(tmp_path: P
     assert known(path, 60) == list(range(50)) and not Path(f"{path}.lock").exists()
 
 
-def test_a_commit_waits_for_the_disk_itself(tmp_path: Path) -> None:
-    with Journal(tmp_path / "journal.jsonl") as journal:  # no kill shows this, only a power cut
-        settings = [
-            journal._writer.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("synchronous", "journal_mode")
-        ]
-    assert settings == [2, "wal"]
+def test_commits_and_the_compacted_file_wait_for_the_disk_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, bool] = {}  # no kill shows this, only a power cut
+    database = tmp_path / "journal.jsonl.db"
+    monkeypatch.setattr(os, "fsync", lambda file: synced.update({os.fstat(file).st_ino: database.exists()}))
+    with Journal(tmp_path / "journal.jsonl") as journal:
+        for name, setting in (("synchronous", 2), ("journal_mode", "wal")):
+            assert journal._writer.execute(f"PRAGMA {name}").fetchone() == (setting,)
+        compacted = journal.compact()
+    assert synced == {compacted.stat().st_ino: True, tmp_path.stat().st_ino: True}
+
+
+def test_steps_that_come_close_together_share_a_commit(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    commits = set()
+    with Journal(path) as journal, closing(sqlite3.connect(f"{path}.db")) as db:
+        journal.flush()
+        began = time.monotonic()
+        for n in range(100):
+            journal.put(key(n), value(n))
+            time.sleep(0.001)
+            commits.add(db.execute("PRAGMA data_version").fetchone())
+        took = time.monotonic() - began
+    assert 2 <= len(commits) <= took / PACE_S + 3
 
 
 @pytest.mark.parametrize(
@@ -317,7 +365,10 @@ def test_compaction_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
             assert line(child) == "go"
             time.sleep(chance.uniform(0, 0.02))
             child.kill()
-        halves += Path(f"{path}.part").exists()
+        part = Path(f"{path}.part")
+        halves += part.exists()
+        Journal(path).close()
+        assert not part.exists()
         assert compacted(path) == whole
         assert sorted(file.name for file in tmp_path.iterdir()) == ["journal.jsonl", "kept"]
     assert halves
