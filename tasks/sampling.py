@@ -76,7 +76,7 @@ def sample_chains(
     where the engine's replies depend on each other.
     """
     from models.engines.journalled import JournalledEngine
-    from models.journal import Journal, key
+    from models.journal import Journal, payload_hash
     from models.records import to_json
 
     rows: list[dict[str, Any]] = []
@@ -97,7 +97,7 @@ def sample_chains(
             return run(JournalledEngine(engine, journal), questions, AT_ONCE * engine.capacity)
         for start in range(0, len(questions), chunk):
             part = questions[start : start + chunk]
-            name = key([to_json(question) for question in part], samples, asked)
+            name = payload_hash([to_json(question) for question in part], samples, asked)
             kept = journal.get(name)
             if kept is None:
                 kept = {"rows": run(engine, part, len(part) * samples)}
