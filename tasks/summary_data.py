@@ -9,7 +9,7 @@ The label is always the ground truth. General visual questions join in `summary_
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -68,13 +68,13 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
     }
 
 
-def longest(chains: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def longest(chains: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each question the chain with the most steps, the first of several; chains: rows of ReasoningPath.
 
     Where the reasoner often guesses, and its guesses tell nothing, a summary agent that saw mostly those
     leaves aside the worked-out chains as well, which the preference rounds make common.
     """
-    kept: dict[str, Mapping[str, Any]] = {}
+    kept: dict[str, dict[str, Any]] = {}
     for chain in chains:
         name = chain["question_id"]
         if name not in kept or len(chain["steps"]) > len(kept[name]["steps"]):
