@@ -30,9 +30,9 @@ class Sampling:
 class Request:
     """One open prompt on its way to an engine.
 
-    key: what is asked for (record, sample, step); unique among the requests under way. schema: the JSON schema
-    that the text must follow, where the engine can constrain its decoding. goes_on: a later prompt begins with
-    this one and its text, so that what was computed for them is worth keeping.
+    key: what is asked for (record, sample, step); unique among the requests under way. schema: the JSON
+    schema that the text must follow, where the engine can constrain its decoding. goes_on: a later prompt
+    begins with this one and its text, so that what was computed for them is worth keeping.
     """
 
     key: str

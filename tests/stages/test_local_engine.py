@@ -141,7 +141,7 @@ def test_uniform_draws_are_uniform_and_of_a_seed_and_position() -> None:
 
     seeds = torch.arange(4096, dtype=torch.int64) * 2**50 + 5
     draws = torch.stack([uniform(seeds, position) for position in range(8)])
-    assert 0 <= float(draws.min()) and float(draws.max()) < 1 and len(draws.unique()) == draws.numel()
+    assert float(draws.min()) >= 0 and float(draws.max()) < 1 and len(draws.unique()) == draws.numel()
     assert abs(float(draws.mean()) - 0.5) < 0.01 and abs(float(draws.var()) - 1 / 12) < 0.01
     assert abs(float(torch.corrcoef(draws)[0, 1])) < 0.05
     assert uniform(seeds[5:6], 3) == draws[3, 5]
