@@ -198,8 +198,9 @@ async def answer(system: str, engine: Engine, question: Question, p: evaluate.Pa
 def run(system: str) -> Path:
     """Train if need be, answer the test questions, write predictions.jsonl; return it."""
     from models.records import read_questions, write_jsonl
-    from tasks import evaluate, params, roles
+    from tasks import engines, evaluate, params, roles
     from tasks.sampling import run_all
+    from tasks.stage import StageRun
 
     home = folder(system)
     done = home / "predictions.jsonl"
@@ -209,8 +210,10 @@ def run(system: str) -> Path:
     checkpoint = train(system, home) if system in TRAINED else SUMMARY
     p = params.load("evaluate", evaluate.Params)
     questions = read_questions(roles.RECORDS, split="test")
-    engine = roles.engine(checkpoint, p.batch_size)
-    said = run_all(lambda q: answer(system, engine, q, p), questions, [engine], f"test questions of {system}")
+    what = f"test questions of {system}"
+    stage = StageRun(f"benchmarks.systems {system}", home, home, None)
+    with engines.open_engine("summariser", checkpoint, questions, stage) as engine:
+        said = run_all(lambda q: answer(system, engine, q, p), questions, [engine], what)
     write_jsonl(done, [evaluate.prediction(q, a) for q, a in zip(questions, said, strict=True)])
     for other in home.parent.iterdir():
         if other != home:

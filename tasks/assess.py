@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks import params, roles
+from tasks import engines, params, roles
 from tasks.assessing import mark_all, score_all
 from tasks.stage import StageError, StageRun, open_stage, settings
 
@@ -26,7 +26,6 @@ class Params:
 
     prompts: str = "full"
     answer_filter: Literal["rules", "model"] = "rules"
-    batch_size: int = 128
     agreement_questions: int = 200
 
 
@@ -36,24 +35,21 @@ def run(p: Params, stage: StageRun) -> dict[str, Any]:
     from models.records import read_paths, read_questions, write_jsonl
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
-    paths, how = mark_all(
-        list(read_paths(GENERATED / "paths.jsonl")),
-        questions,
-        roles.answer_filter(p.answer_filter, p.batch_size),
-        p.prompts,
-    )
+    asked = list(questions.values())
+    with roles.answer_filter(p.answer_filter, asked, stage) as filter:
+        paths, how = mark_all(list(read_paths(GENERATED / "paths.jsonl")), questions, filter, p.prompts)
     surviving = [path for path in paths if path.right is True]
     if not surviving:
         raise StageError(
             "no generated path has the right answer: train the generator longer or choose a stronger one"
         )
-    judge = roles.path_judge(JUDGE, p.prompts, p.batch_size)
-    scored, unreadable = score_all(surviving, questions, judge)
+    tested = set(sorted({path.question_id for path in paths})[: p.agreement_questions])
+    with roles.path_judge(JUDGE, p.prompts, asked, stage) as judge:
+        scored, unreadable = score_all(surviving, questions, judge)
+        probe, _ = score_all([path for path in paths if path.question_id in tested], questions, judge)
     by_key = {(path.question_id, path.sample): path for path in scored}
     merged, _ = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
     write_jsonl(stage.out / "paths.jsonl", merged)
-    tested = set(sorted({path.question_id for path in paths})[: p.agreement_questions])
-    probe, _ = score_all([path for path in paths if path.question_id in tested], questions, judge)
     return {
         "paths": len(paths),
         "right_share": len(surviving) / len(paths),
@@ -74,7 +70,7 @@ def main() -> None:
     p = params.load("assess", Params)
     with open_stage(
         "assess",
-        params=settings(p),
+        params=settings(p, engines.identities("answer_judge", "path_judge")),
         inputs=["data", GENERATED, JUDGE, roles.GENERATOR],
         out="artifacts/assess",
     ) as stage:

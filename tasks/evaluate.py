@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks import params, roles, rounds
+from tasks import engines, params, roles, rounds
 from tasks.sampling import run_all
 from tasks.stage import StageError, StageRun, open_stage, settings
 
@@ -28,13 +29,12 @@ BASE, SUMMARY = Path("artifacts/foundation/base"), Path("artifacts/summary_sft/c
 
 @dataclass(frozen=True)
 class Params:
-    """Token limits of a reasoning and of an answer; batch_size: questions decoded together;
-    limit: at most so many questions of each split and set (None: all)."""
+    """Token limits of a reasoning and of an answer; limit: at most so many questions of each split and set
+    (None: all)."""
 
     prompts: str = "full"
     reasoning_tokens: int = 4096
     answer_tokens: int = 32
-    batch_size: int = 256
     limit: int | None = None
 
 
@@ -62,27 +62,28 @@ def checkpoints(system: str) -> tuple[Path | None, Path]:
 
 
 def answers(
-    p: Params, reasoner: Path | None, answerer: Path, questions: Sequence[Question]
+    p: Params, reasoner: Path | None, answerer: Path, questions: Sequence[Question], stage: StageRun
 ) -> list[AgentAnswer]:
     """The system's answers, in order."""
     from models.agents import answer_directly, answer_with_agents
 
-    summariser = roles.engine(answerer, p.batch_size)
-    if reasoner is None:
+    limits = p.reasoning_tokens, p.answer_tokens
+    with ExitStack() as opened:
+        summariser = opened.enter_context(engines.open_engine("summariser", answerer, questions, stage))
+        if reasoner is None:
+            return run_all(
+                lambda q: answer_directly(summariser, q, p.prompts, p.answer_tokens),
+                questions,
+                [summariser],
+                "questions",
+            )
+        engine = opened.enter_context(engines.open_engine("reasoner", reasoner, questions, stage))
         return run_all(
-            lambda q: answer_directly(summariser, q, p.prompts, p.answer_tokens),
+            lambda q: answer_with_agents(engine, summariser, q, p.prompts, *limits),
             questions,
-            [summariser],
+            [engine, summariser],
             "questions",
         )
-    engine = roles.engine(reasoner, p.batch_size)
-    limits = p.reasoning_tokens, p.answer_tokens
-    return run_all(
-        lambda q: answer_with_agents(engine, summariser, q, p.prompts, *limits),
-        questions,
-        [engine, summariser],
-        "questions",
-    )
 
 
 def prediction(question: Question, said: AgentAnswer) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def run(p: Params, system: str, stage: StageRun) -> dict[str, Any]:
     from models.statistics import wilson
 
     questions = held_out(p.limit)
-    said = answers(p, *checkpoints(system), questions)
+    said = answers(p, *checkpoints(system), questions, stage)
     rows = [prediction(question, answer) for question, answer in zip(questions, said, strict=True)]
     write_jsonl(stage.out / "predictions.jsonl", rows)
     accuracy: dict[str, Any] = {}
@@ -147,9 +148,9 @@ def main() -> None:
     inputs: list[str | Path] = ["data", *[path for path in checkpoints(system) if path is not None]]
     number = rounds.load(system).t if system not in ("base", "multi_agent") else None
     name = f"evaluate@{system}" if number is None else f"evaluate_round@{system}"
-    with open_stage(
-        name, params=settings(p), inputs=inputs, out=Path("artifacts/evaluate") / system, round=number
-    ) as stage:
+    asked: list[engines.Role] = ["summariser"] if system == "base" else ["reasoner", "summariser"]
+    obeyed, out = settings(p, engines.identities(*asked)), Path("artifacts/evaluate") / system
+    with open_stage(name, params=obeyed, inputs=inputs, out=out, round=number) as stage:
         stage.metrics(run(p, system, stage))
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.reasoning import Settings
-from tasks import params, roles
+from tasks import engines, params, roles
 from tasks.sampling import sample_chains
 from tasks.stage import StageError, StageRun, open_stage, settings
 
@@ -30,7 +31,6 @@ class Params:
     questions: int = 2000
     samples: int = 4
     chunk: int = 64
-    batch_size: int = 256
     chain: Settings = field(default_factory=Settings)
 
 
@@ -77,11 +77,12 @@ def _reasons(failures: Sequence[Any]) -> dict[str, int]:
 def main() -> None:
     """Run the stage in the checkout's root."""
     p = params.load("generate", Params)
-    with open_stage(
-        "generate", params=settings(p), inputs=["data", roles.GENERATOR], out="artifacts/generate"
-    ) as stage:
+    obeyed = settings(p, engines.identities("generator"))
+    inputs: list[str | Path] = ["data", roles.GENERATOR]
+    with open_stage("generate", params=obeyed, inputs=inputs, out="artifacts/generate") as stage:
         questions = roles.training_questions("generate", p.questions)
-        stage.metrics(run(p, params.seed(), questions, roles.engine(roles.GENERATOR, p.batch_size), stage))
+        with engines.open_engine("generator", roles.GENERATOR, questions, stage) as engine:
+            stage.metrics(run(p, params.seed(), questions, engine, stage))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from models.assessment import ModelJudge, RuleJudge
-from models.engines.local import LocalEngine
 from models.training import Budget
-from tasks import params
-from tasks.stage import StageRun, open_stage, settings
+from tasks import engines, params, roles
+from tasks.stage import StageRun, open_stage, settings, write_json
 from tasks.training_log import training_report
 
 
@@ -35,12 +33,13 @@ class Params:
 
 
 def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun) -> dict[str, Any]:
-    """Publish checkpoint/ (for a model judge) and return the numbers of its training and its agreement."""
+    """Publish checkpoint/ (for a model judge of our own) and judge.json; returns the numbers of its training
+    and its agreement."""
     from models.vlm import load, save
 
     numbers: dict[str, Any] = {}
-    engine = None
-    if p.kind == "model":
+    write_json(stage.out / roles.JUDGE_FILE, {"kind": p.kind})
+    if p.kind == "model" and engines.engine_params("path_judge").model is None:
         kept = stage.scratch / "checkpoint"
         if not (kept / "done").exists():
             model, processor = load(foundation / "generator")
@@ -52,10 +51,8 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
         model, processor = load(kept)
         save(model, processor, stage.out / "checkpoint")
         stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
-        engine = LocalEngine(model, processor, _images(instruct))
-    judge = ModelJudge(engine, p.prompts) if engine else RuleJudge()
     if (instruct / "boards.jsonl").exists():
-        numbers["agreement"] = held_out_agreement(judge, p.held_out_questions, seed, engine)
+        numbers["agreement"] = held_out_agreement(p, seed, stage)
     return numbers
 
 
@@ -94,7 +91,7 @@ def _images(instruct: Path) -> Any:
     return data_and_instruct_images("data", instruct)
 
 
-def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> dict[str, Any]:
+def held_out_agreement(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
     """Agreement with the oracle on graded paths that nobody trained on, on boards of validation scans."""
     import numpy as np
 
@@ -110,7 +107,7 @@ def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> di
     asked: dict[str, Question] = {}
     paths: list[ReasoningPath] = []
     truths: list[float | None] = []
-    for index in range(questions):
+    for index in range(p.held_out_questions):
         board, texts, scores = graded_paths(generator)
         name = f"held-out-{index}"
         pictures[name] = draw_board(pick_scans(board.digits, "validation", generator), generator, jitter_px=1)
@@ -120,10 +117,9 @@ def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> di
             steps = parse_thoughts(text)
             right = steps[-1].content == board.answer
             paths.append(ReasoningPath(name, sample, steps, text, steps[-1].content, right))
-    if engine is not None:
-        held_out = LocalEngine(engine.model, engine.encoder.processor, _pictures(pictures))
-        judge = ModelJudge(held_out, judge.prompts)
-    scored, unreadable = score_all(paths, asked, judge)
+    questions, images = list(asked.values()), _pictures(pictures)
+    with roles.path_judge(stage.out, p.prompts, questions, stage, images) as judge:
+        scored, unreadable = score_all(paths, asked, judge)
     return agreement(scored, truths) | {"unreadable": unreadable}
 
 
@@ -137,9 +133,8 @@ def main() -> None:
     """Run the stage in the checkout's root."""
     p = params.load("judge", Params)
     instruct, foundation = Path("artifacts/instruct"), Path("artifacts/foundation")
-    with open_stage(
-        "judge", params=settings(p), inputs=[instruct, foundation], out="artifacts/judge"
-    ) as stage:
+    obeyed = settings(p, engines.identities("path_judge"))
+    with open_stage("judge", params=obeyed, inputs=[instruct, foundation], out="artifacts/judge") as stage:
         stage.metrics(run(p, params.seed(), instruct, foundation, stage))
 
 

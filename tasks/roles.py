@@ -1,43 +1,62 @@
-"""Which model plays which role, and how stages reach it: engines, judges and the questions of a pool.
+"""The judges, and the questions of a pool.
 
-from tasks.roles import policy_engine, path_judge, training_questions
+with path_judge("artifacts/judge", "short", questions, stage) as judge:
+    scored, unreadable = score_all(paths, by_id(questions), judge)
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from tasks.stage import StageError
+from tasks import engines
+from tasks.engines import DATA
+from tasks.stage import StageError, StageRun
 
 if TYPE_CHECKING:
     from models.assessment import PathJudge
-    from models.engines.local import LocalEngine
+    from models.engines.base import Engine
+    from models.images import ImageSource
     from models.records import Question
 
-DATA = Path("data")
 RECORDS = DATA / "records.jsonl"
 GENERATOR = Path("artifacts/foundation/generator")
+JUDGE_FILE = "judge.json"
+"""What kind of judge a folder of the `judge` stage holds."""
 
 
-def engine(checkpoint: str | Path, batch_size: int) -> LocalEngine:
-    """The engine of a checkpoint folder, with pictures from data/."""
-    from models.engines.local import LocalEngine
-
-    return LocalEngine.load(checkpoint, DATA, batch_size)
-
-
-def path_judge(folder: str | Path, prompts: str, batch_size: int) -> PathJudge:
-    """The judge that the `judge` stage published: its checkpoint, or rules where there is none."""
+@contextmanager
+def path_judge(
+    folder: str | Path,
+    prompts: str,
+    questions: Sequence[Question],
+    stage: StageRun,
+    images: ImageSource | Path = DATA,
+) -> Iterator[PathJudge]:
+    """The judge that the `judge` stage published in `folder`: a model, or rules."""
     from models.assessment import ModelJudge, RuleJudge
 
+    if json.loads((Path(folder) / JUDGE_FILE).read_text(encoding="utf-8"))["kind"] == "rules":
+        yield RuleJudge()
+        return
     checkpoint = Path(folder) / "checkpoint"
-    return ModelJudge(engine(checkpoint, batch_size), prompts) if checkpoint.is_dir() else RuleJudge()
+    with engines.open_engine("path_judge", checkpoint, questions, stage, images) as engine:
+        yield ModelJudge(engine, prompts)
 
 
-def answer_filter(kind: str, batch_size: int) -> LocalEngine | None:
+@contextmanager
+def answer_filter(
+    kind: Literal["rules", "model"], questions: Sequence[Question], stage: StageRun
+) -> Iterator[Engine | None]:
     """Who decides where rules cannot tell two answers apart: the generator (`model`), or nobody (`rules`)."""
-    return engine(GENERATOR, batch_size) if kind == "model" else None
+    if kind == "rules":
+        yield None
+        return
+    with engines.open_engine("answer_judge", GENERATOR, questions, stage) as engine:
+        yield engine
 
 
 def training_questions(pool: str, count: int, offset: int = 0, seed: int = 0) -> list[Question]:
@@ -58,8 +77,3 @@ def training_questions(pool: str, count: int, offset: int = 0, seed: int = 0) ->
 def by_id(questions: list[Question]) -> dict[str, Question]:
     """Questions by their id."""
     return {question.id: question for question in questions}
-
-
-def lengths(engine: Any, texts: list[str]) -> list[int]:
-    """Tokens of each text, by the engine's tokenizer."""
-    return [len(engine.encoder.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]

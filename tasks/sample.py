@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from tasks import params, roles, rounds
+from tasks import engines, params, roles, rounds
 from tasks.sampling import sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
@@ -27,7 +27,6 @@ class Params:
     top_p: float = 1.0
     max_new_tokens: int = 4096
     chunk: int = 64
-    batch_size: int = 256
 
 
 def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
@@ -36,8 +35,8 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
     from models.records import write_jsonl
 
     questions = roles.training_questions("rounds", p.questions, offset=(this.t - 1) * p.questions)
-    engine = roles.engine(this.checkpoint, p.batch_size)
-    rows = sample_reasoner(engine, questions, p, derived_seed(seed, this.t), stage.scratch)
+    with engines.open_engine("reasoner", this.checkpoint, questions, stage) as engine:
+        rows = sample_reasoner(engine, questions, p, derived_seed(seed, this.t), stage.scratch)
     paths = [row for row in rows if "reason" not in row]
     failures = [row for row in rows if "reason" in row]
     for path in paths:
@@ -57,7 +56,7 @@ def main() -> None:
     this, p = rounds.from_arguments(__doc__), params.load("sample", Params)
     with open_stage(
         "sample",
-        params=settings(p),
+        params=settings(p, engines.identities("reasoner")),
         inputs=["data", this.checkpoint],
         out=this.folder("sample"),
         round=this.t,

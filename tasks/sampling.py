@@ -3,8 +3,8 @@
     answers = run_all(lambda q: answer_directly(engine, q, "short"), questions, [engine], "questions")
     rows = sample_chains(engine, questions, samples, chain, asked, chunk, scratch)
 
-A stage that samples keeps what engines said in its scratch folder. Where replies are independent of each
-other every reply is kept as it comes; where they are not, whole chunks of questions are.
+What engines said is kept in the stage's scratch folder. Where replies are independent of each other the
+engine does that itself, reply by reply (tasks.engines); where they are not, whole chunks of questions are.
 """
 
 from __future__ import annotations
@@ -75,13 +75,12 @@ def sample_chains(
     asked: all that makes the chains what they are, besides the questions; chunk: questions kept together
     where the engine's replies depend on each other.
     """
-    from models.engines.journalled import JournalledEngine
     from models.journal import Journal, payload_hash
     from models.records import to_json
 
     rows: list[dict[str, Any]] = []
 
-    def run(engine: Engine, part: Sequence[Question], at_once: int) -> list[dict[str, Any]]:
+    def run(part: Sequence[Question], at_once: int) -> list[dict[str, Any]]:
         pairs = [(question, sample) for question in part for sample in range(samples)]
         outcomes = _run(
             lambda pair: chain(engine, *pair),
@@ -92,15 +91,15 @@ def sample_chains(
         )
         return [to_json(outcome) for outcome in outcomes]
 
-    with Journal(scratch / "journal") as journal, meter("chains", len(questions) * samples) as advance:
+    with Journal(scratch / "chains.journal") as journal, meter("chains", len(questions) * samples) as advance:
         if engine.independent:
-            return run(JournalledEngine(engine, journal), questions, AT_ONCE * engine.capacity)
+            return run(questions, AT_ONCE * engine.capacity)
         for start in range(0, len(questions), chunk):
             part = questions[start : start + chunk]
             name = payload_hash([to_json(question) for question in part], samples, asked)
             kept = journal.get(name)
             if kept is None:
-                kept = {"rows": run(engine, part, len(part) * samples)}
+                kept = {"rows": run(part, len(part) * samples)}
                 journal.put(name, kept)
                 journal.flush()
             rows += kept["rows"]

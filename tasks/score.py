@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks import params, roles, rounds
+from tasks import engines, params, roles, rounds
 from tasks.assessing import mark_all, score_all
 from tasks.stage import StageError, StageRun, open_stage, settings
 
@@ -32,7 +32,6 @@ class Params:
     min_margin: int = 1
     max_pairs: int = 15000
     scope: Literal["path", "step"] = "path"
-    batch_size: int = 128
 
 
 def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
@@ -44,17 +43,14 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     sampled = this.folder("sample")
-    paths, _ = mark_all(
-        list(read_paths(sampled / "paths.jsonl")),
-        questions,
-        roles.answer_filter(p.answer_filter, p.batch_size),
-        p.prompts,
-    )
+    asked = list(questions.values())
+    with roles.answer_filter(p.answer_filter, asked, stage) as filter:
+        paths, _ = mark_all(list(read_paths(sampled / "paths.jsonl")), questions, filter, p.prompts)
     failures = [
         FailedPath(r["question_id"], r["sample"], r["reason"]) for r in read_jsonl(sampled / "failures.jsonl")
     ]
-    judge = roles.path_judge(JUDGE, p.prompts, p.batch_size)
-    scored, unreadable = score_all(_mixed(paths), questions, judge)
+    with roles.path_judge(JUDGE, p.prompts, asked, stage) as judge:
+        scored, unreadable = score_all(_mixed(paths), questions, judge)
     by_key = {(path.question_id, path.sample): path for path in scored}
     scored_paths, truths = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
     pairs, dropped = build_pairs(_groups(scored_paths), p.rule, p.pairs_per_question, p.min_margin)
@@ -126,7 +122,11 @@ def main() -> None:
     this, p = rounds.from_arguments(__doc__), params.load("score", Params)
     inputs: list[str | Path] = ["data", this.folder("sample"), JUDGE]
     with open_stage(
-        "score", params=settings(p), inputs=inputs, out=this.folder("score"), round=this.t
+        "score",
+        params=settings(p, engines.identities("answer_judge", "path_judge")),
+        inputs=inputs,
+        out=this.folder("score"),
+        round=this.t,
     ) as stage:
         stage.metrics(run(p, this, stage))
 

@@ -148,11 +148,11 @@ def manifest(name: str, inputs: Mapping[str, str], params: Mapping[str, Any], ou
     return {"stage": name, "inputs": dict(inputs), "params": dict(params), "counts": counts}
 
 
-def settings(section: object, path: str = "params.yaml") -> dict[str, Any]:
-    """What a stage obeys: its section and the seed, for `open_stage(params=...)`."""
+def settings(section: object, engines: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What a stage obeys, for `open_stage(params=...)`: its section, the seed and the engines it asks."""
     from tasks import params
 
-    return {**plain(section), "seed": params.seed(path)}
+    return {**plain(section), "seed": params.seed(), **({"engines": dict(engines)} if engines else {})}
 
 
 def plain(params: object | Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tasks import params, roles
+from tasks import engines, params, roles
 from tasks.sampling import sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
@@ -34,7 +34,6 @@ class Params:
     top_p: float = 0.95
     max_new_tokens: int = 4096
     chunk: int = 256
-    batch_size: int = 256
 
 
 def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
@@ -47,7 +46,8 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
         for row in read_jsonl(CURATED / "summary.jsonl")
     ]
     asked = roles.training_questions("generate", p.questions, seed=1)
-    sampled = sample_reasoner(roles.engine(REASONER, p.batch_size), asked, p, seed, stage.scratch)
+    with engines.open_engine("reasoner", REASONER, asked, stage) as engine:
+        sampled = sample_reasoner(engine, asked, p, seed, stage.scratch)
     own = [row for row in sampled if "reason" not in row]
     failed = len(sampled) - len(own)
     if p.keep == "longest":
@@ -85,9 +85,9 @@ def longest(chains: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the stage in the checkout's root."""
     p = params.load("summary_data", Params)
-    with open_stage(
-        "summary_data", params=settings(p), inputs=["data", CURATED, REASONER], out="artifacts/summary_data"
-    ) as stage:
+    obeyed = settings(p, engines.identities("reasoner"))
+    inputs: list[str | Path] = ["data", CURATED, REASONER]
+    with open_stage("summary_data", params=obeyed, inputs=inputs, out="artifacts/summary_data") as stage:
         stage.metrics(run(p, params.seed(), stage))
 
 

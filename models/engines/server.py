@@ -42,6 +42,8 @@ ORPHAN_GRACE_S = 2.0
 """Grace for what a server that died by itself has left: nobody waits for it."""
 UNKILLABLE_S = 5.0
 """The watcher gives up on processes that live this long after SIGKILL."""
+RESTARTS = 3
+"""How often a server that dies is started again: what kills it more often is in the requests or settings."""
 LOG_LINES, LOG_BYTES = 30, 1 << 16
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -108,6 +110,7 @@ class Server:
         self._watcher: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._began = 0.0
+        self._restarts = 0
 
     @property
     def url(self) -> str:
@@ -138,6 +141,17 @@ class Server:
         """End what is left of it and start it again at the same address."""
         self.stop()
         self.start()
+
+    def revive(self) -> None:
+        """Start it again if it has died; at most RESTARTS times, then EngineError with the end of its log."""
+        try:
+            self.check()
+        except EngineError as error:
+            if self._restarts >= RESTARTS:
+                raise
+            self._restarts += 1
+            self.report(f"{error}\nstarting it again ({self._restarts} of {RESTARTS})")
+            self.restart()
 
     def stop(self) -> None:
         """End the server and all that descends from it. Idempotent."""

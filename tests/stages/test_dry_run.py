@@ -30,6 +30,7 @@ from tasks import (
     summary_data,
     summary_sft,
 )
+from tasks.engines import open_engine as real_open_engine
 from tasks.stage import StageError
 from tests.support.fake_boards import Engines, Killed, contents, make_workspace
 
@@ -66,7 +67,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("LONGVIEW_TRACKING", "off")
-        patch.setattr(roles, "engine", Engines("data/records.jsonl"))
+        patch.setattr("tasks.engines.open_engine", Engines("data/records.jsonl"))
         for module, arguments, _ in STAGES:
             run(module, arguments)
         yield folder
@@ -222,8 +223,13 @@ def test_a_trained_judge_killed_before_it_is_published_trains_no_second_time(
     p = params.load("judge", judge.Params)
     budget = params.load("foundation.base", judge.Budget)
     settings = judge.Params(**{**p.__dict__, "kind": "model", "budget": budget, "held_out_questions": 2})
-    settings = judge.Params(**{**settings.__dict__, "max_new_tokens": 8})
-    monkeypatch.setattr(judge.params, "load", lambda *_: settings)
+    load = params.load
+
+    def use_settings() -> None:
+        monkeypatch.setattr(params, "load", lambda name, *a: settings if name == "judge" else load(name, *a))
+        monkeypatch.setattr("tasks.engines.open_engine", real_open_engine)
+
+    use_settings()
     rules = contents(workspace / "artifacts/judge")
     train, times = judge._train, []
     monkeypatch.setattr(judge, "_train", lambda *a: (times.append(1), train(*a))[1])
@@ -231,7 +237,7 @@ def test_a_trained_judge_killed_before_it_is_published_trains_no_second_time(
     with pytest.raises(Killed):
         run(judge, [])
     monkeypatch.undo()
-    monkeypatch.setattr(judge.params, "load", lambda *_: settings)
+    use_settings()
     monkeypatch.setattr(judge, "_train", lambda *a: (times.append(1), train(*a))[1])
     monkeypatch.setenv("LONGVIEW_TRACKING", "off")
     monkeypatch.chdir(workspace)

@@ -51,7 +51,7 @@ def run(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
     def call(stage: str, kill_after: int | None = None) -> tuple[Engines, dict[str, bytes]]:
         main, out, arguments = STAGES[stage]
         engines = Engines("data/records.jsonl", kill_after)
-        monkeypatch.setattr(roles, "engine", engines)
+        monkeypatch.setattr("tasks.engines.open_engine", engines)
         monkeypatch.setattr(sys, "argv", [stage, *arguments])
         if kill_after is None:
             main()

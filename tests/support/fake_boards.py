@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +65,17 @@ class BoardEngine:
 
 
 class Engines:
-    """Stands in for tasks.roles.engine: one BoardEngine for all checkpoints, and which were asked for."""
+    """Stands in for tasks.engines.open_engine: one BoardEngine for all roles, and which were asked for."""
 
     def __init__(self, records: str | Path, kill_after: int | None = None) -> None:
         self.engine = BoardEngine(records, kill_after=kill_after)
         self.checkpoints: list[str] = []
 
-    def __call__(self, checkpoint: str | Path, batch_size: int) -> BoardEngine:
+    @contextmanager
+    def __call__(self, role: str, checkpoint: str | Path, *_: Any) -> Iterator[BoardEngine]:
+        """As open_engine."""
         self.checkpoints.append(Path(checkpoint).as_posix())
-        return self.engine
+        yield self.engine
 
 
 OVERRIDES: dict[str, Any] = {

@@ -24,7 +24,9 @@ from PIL import Image
 
 from benchmarks.mock_server import MockServer
 from models.engines.base import Completion, EngineError, Failure, Reply, Request, Sampling, generate
-from models.engines.openai import ClientSettings, OpenAIEngine, completion, data_url, retry_after_s
+from models.engines.http import retry_after_s
+from models.engines.openai import ClientSettings, OpenAIEngine, completion
+from models.engines.pictures import data_url
 from models.images import open_image
 from models.vlm import Conversation
 

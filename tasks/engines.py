@@ -1,0 +1,212 @@
+"""Which engine answers in which role, by parameter: the section `engines` of params.yaml.
+
+    with open_engine("generator", "artifacts/foundation/generator", questions, stage) as engine:
+        ...
+
+A 72B generator may sit on a server while the policy decodes in this process:
+
+    engines:
+      generator: {kind: openai, url: "http://gpu-1:8000/v1", model: Qwen/Qwen2.5-VL-72B-Instruct}
+      reasoner: {kind: openai, launch: true, arguments: [--max-model-len, "16384"]}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from models.engines.openai import ClientSettings, OpenAIEngine
+from models.engines.watched import Prices
+from tasks import params
+from tasks.stage import WORK, StageRun
+
+if TYPE_CHECKING:
+    from models.engines.base import Engine
+    from models.engines.canary import Findings
+    from models.engines.watched import Throughput
+    from models.images import ImageSource
+    from models.records import Question
+
+Role = Literal["generator", "answer_judge", "path_judge", "reasoner", "summariser"]
+DATA = Path("data")
+CONSTRAINED = ("generator", "path_judge")
+"""Roles whose replies follow a schema."""
+WITHOUT_IMAGES = ("answer_judge",)
+"""Roles whose prompts are text alone."""
+
+
+@dataclass(frozen=True)
+class EngineParams:
+    """kind: local (transformers in the stage's process), openai (a server that speaks OpenAI's chat
+    completions) or fake (a dry run: every chain is one step).
+
+    capacity: rows decoded together, or calls in flight. model: what the server calls the model; None: the
+    checkpoint of the role. launch: start vLLM for as long as the stage lasts, with the interpreter `python`
+    (None: this one), `arguments` and `environment`; else the server at `url` is used. api_key_env: variable
+    that holds the key. timeout_s: of one call. patience_s: how long a server may be away. seeded: send seeds.
+    error_budget: share of the requests that may be given up on. prices: of a million tokens, for an estimate.
+    """
+
+    kind: Literal["local", "openai", "fake"] = "local"
+    capacity: int = 256
+    model: str | None = None
+    launch: bool = False
+    url: str | None = None
+    api_key_env: str | None = None
+    python: str | None = None
+    arguments: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    timeout_s: float = 600.0
+    patience_s: float = 900.0
+    seeded: bool = True
+    error_budget: float = 0.05
+    prices: Prices | None = None
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1:
+            raise ValueError(f"capacity: expected 1 or more, found {self.capacity}")
+        if not 0 <= self.error_budget <= 1:
+            raise ValueError(f"error_budget: expected a share from 0 to 1, found {self.error_budget}")
+        if self.kind == "openai" and self.launch == (self.url is not None):
+            raise ValueError("an openai engine needs either `launch: true` or the `url` of a server")
+        if self.kind != "openai" and (self.launch or self.url is not None or self.model is not None):
+            raise ValueError(f"launch, url and model are for `kind: openai`, not for {self.kind}")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What may change a text. Where a server stands and how patient we are does not: such a change keeps
+        what is journalled."""
+        same = {"kind": self.kind, "model": self.model}
+        return {**same, "capacity": self.capacity} if self.kind == "local" else same
+
+
+@dataclass(frozen=True)
+class Params:
+    """An engine for each role. generator: writes chains step by step; answer_judge: says whether two answers
+    mean the same; path_judge: scores paths; reasoner and summariser: the two agents."""
+
+    generator: EngineParams = field(default_factory=EngineParams)
+    answer_judge: EngineParams = field(default_factory=EngineParams)
+    path_judge: EngineParams = field(default_factory=EngineParams)
+    reasoner: EngineParams = field(default_factory=EngineParams)
+    summariser: EngineParams = field(default_factory=EngineParams)
+
+
+def identities(*roles: Role) -> dict[str, Any]:
+    """What of the engines of these roles may change a text, by role: part of what a stage obeys."""
+    return {role: engine_params(role).identity for role in roles}
+
+
+def engine_params(role: Role) -> EngineParams:
+    """The engine of a role, from params.yaml."""
+    return params.load(f"engines.{role}", EngineParams)
+
+
+@contextmanager
+def open_engine(
+    role: Role,
+    checkpoint: str | Path,
+    questions: Sequence[Question],
+    stage: StageRun,
+    images: ImageSource | Path = DATA,
+) -> Iterator[Engine]:
+    """The engine of a role. checkpoint: the role's model, unless the parameter names another.
+
+    A server is tried with the first of the questions before anything else is asked of it. Where replies are
+    independent of each other they are kept in the stage's scratch folder: what was answered before a kill is
+    not asked again. In the end a line says how fast it was.
+    Raises EngineError that says what is wrong and what to do.
+    """
+    from models.engines.journalled import JournalledEngine
+    from models.engines.watched import ErrorBudget, WatchedEngine
+    from models.journal import Journal
+
+    e = engine_params(role)
+    with ExitStack() as opened:
+        engine = opened.enter_context(_engine(role, e, e.model or str(checkpoint), questions, images))
+        watched = WatchedEngine(engine, ErrorBudget(e.error_budget))
+        if engine.independent:
+            journal = opened.enter_context(Journal(stage.scratch / f"{role}.journal"))
+            yield JournalledEngine(watched, journal)
+        else:
+            yield watched
+        _report(role, e, engine, watched.throughput, stage)
+
+
+@contextmanager
+def _engine(
+    role: Role, e: EngineParams, model: str, questions: Sequence[Question], images: ImageSource | Path
+) -> Iterator[Engine]:
+    if e.kind == "local":
+        from models.engines.local import LocalEngine
+
+        yield LocalEngine.load(model, images, e.capacity)
+    elif e.kind == "fake":
+        from models.engines.fake import FakeEngine
+
+        yield FakeEngine(batch_size=e.capacity)
+    else:
+        with _served(role, e, model, images) as engine:
+            if questions:
+                _try_out(role, engine, questions)
+            yield engine
+
+
+def _report(role: Role, e: EngineParams, engine: Engine, done: Throughput, stage: StageRun) -> None:
+    """The throughput on stderr and in MLflow; not in the output, which is to be the same every time."""
+    retries = engine.counters.retries if isinstance(engine, OpenAIEngine) else {}
+    line, numbers = done.line(e.capacity, retries), done.numbers(e.capacity)
+    numbers["retries"] = sum(retries.values())
+    if e.prices is not None:
+        numbers["cost"] = done.cost(e.prices)
+        line += f", cost about {numbers['cost']:,.2f}"
+    print(f"{role}: {line}", file=sys.stderr)
+    stage.log_metrics({f"engine/{role}/{name}": value for name, value in numbers.items()})
+
+
+@contextmanager
+def _served(role: Role, e: EngineParams, model: str, images: ImageSource | Path) -> Iterator[OpenAIEngine]:
+    from models.engines.server import Server, ServerSettings, await_running, vllm_command
+
+    client = ClientSettings(
+        api_key_env=e.api_key_env, timeout_s=e.timeout_s, patience_s=e.patience_s, seeded=e.seeded
+    )
+    if e.url is not None:
+        await_running(e.url, e.patience_s)
+        yield OpenAIEngine(e.url, model, images, e.capacity, client)
+        return
+    settings = ServerSettings(
+        model,
+        log=WORK / "logs" / f"server-{role}.log",
+        command=vllm_command(e.python or sys.executable),
+        arguments=e.arguments,
+        environment={name: os.path.expandvars(value) for name, value in e.environment.items()},
+    )
+    with Server(settings) as server:
+        yield OpenAIEngine(server.url, model, images, e.capacity, client, server.revive)
+
+
+def _try_out(role: Role, engine: OpenAIEngine, questions: Sequence[Question]) -> None:
+    """The canary, with a question of the stage; what it doubts is said."""
+    from models.engines.canary import check
+    from models.vlm import Conversation
+
+    first = questions[0]
+    images = [] if role in WITHOUT_IMAGES else first.images
+    other = next((q.images for q in questions if q.images and q.images != images), [])
+    prompt = Conversation(images, [(first.question, "")])
+
+    async def run() -> Findings:
+        try:
+            return await check(engine, prompt, other if images else [], role in CONSTRAINED)
+        finally:
+            await engine.close()
+
+    for warning in asyncio.run(run()).warnings:
+        print(f"{role}: {warning}", file=sys.stderr)
