@@ -36,6 +36,7 @@ import orjson
 from benchmarks.results import ROOT
 
 KEPT_REQUESTS = 32
+IMAGE_TOKENS = 64
 BACKLOG = 4096
 REASONS = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 503: "Service Unavailable"}
 
@@ -160,12 +161,12 @@ class Connection(asyncio.Protocol):
 
 
 def completion(request: Mapping[str, Any], text: str | None = None) -> bytes:
-    """The body of an answer as vLLM gives it; a word counts as a token."""
+    """The body of an answer as vLLM gives it; a word counts as a token, an image as IMAGE_TOKENS."""
     messages = request["messages"]
     if text is None:
         form = request.get("response_format")
         text = json.dumps(smallest(form["json_schema"]["schema"])) if form else user_text(messages[-1])
-    prompt, words = sum(len(user_text(m).split()) for m in messages), len(text.split())
+    prompt, words = sum(map(prompt_tokens, messages)), len(text.split())
     return orjson.dumps(
         {
             "id": "chatcmpl-mock",
@@ -193,6 +194,13 @@ def user_text(message: Mapping[str, Any]) -> str:
     """The text of a chat message, its images left out."""
     content = message["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def prompt_tokens(message: Mapping[str, Any]) -> int:
+    """Of one message."""
+    parts = message["content"] if isinstance(message["content"], list) else []
+    images = sum(part["type"] == "image_url" for part in parts)
+    return len(user_text(message).split()) + IMAGE_TOKENS * images
 
 
 def smallest(schema: Mapping[str, Any]) -> Any:
