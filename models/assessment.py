@@ -28,14 +28,18 @@ Scores = list[int] | None
 
 
 class PathJudge(Protocol):
-    """Scores all given paths of each question, each 1-100; None for a
-    question whose reply could not be read."""
+    """Scores all given paths of each question, each 1-100; None for a question whose reply could not be read.
+    from_answers: it looks at nothing but whether answers are right."""
+
+    from_answers: bool
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]: ...
 
 
 class ModelJudge:
     """A vision-language model as path judge: image, question, ground truth and all paths in one prompt."""
+
+    from_answers = False
 
     def __init__(self, engine: Engine, prompts: str, max_new_tokens: int = 256) -> None:
         self.engine, self.prompts, self.max_new_tokens = engine, prompts, max_new_tokens
@@ -56,6 +60,8 @@ class RuleJudge:
 
     How long or how careful a path is earns nothing here: what works must show in the answers.
     """
+
+    from_answers = True
 
     def score(self, groups: Sequence[tuple[Question, Sequence[ReasoningPath]]]) -> list[Scores]:
         """100 or 1 for every path."""

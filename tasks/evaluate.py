@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks import params, roles, rounds
 from tasks.meter import meter
+from tasks.sampling import counting
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 if TYPE_CHECKING:
@@ -69,9 +70,14 @@ def answers(
 
     summariser = roles.engine(answerer, p.batch_size)
     if reasoner is None:
-        return answer_directly(summariser, questions, p.prompts, p.answer_tokens)
-    engine = roles.engine(reasoner, p.batch_size)
-    return answer_with_agents(engine, summariser, questions, p.prompts, p.reasoning_tokens, p.answer_tokens)
+        with meter("answers", len(questions)) as advance, counting([summariser], lambda n: advance(n, n)):
+            return answer_directly(summariser, questions, p.prompts, p.answer_tokens)
+    engine, limits = roles.engine(reasoner, p.batch_size), (p.reasoning_tokens, p.answer_tokens)
+    with (
+        meter("reasonings and answers", 2 * len(questions)) as advance,
+        counting([engine, summariser], lambda n: advance(n, n)),
+    ):
+        return answer_with_agents(engine, summariser, questions, p.prompts, *limits)
 
 
 def prediction(question: Question, said: AgentAnswer) -> dict[str, Any]:
@@ -109,9 +115,7 @@ def run(p: Params, system: str, stage: StageRun) -> dict[str, Any]:
     from models.statistics import wilson
 
     questions = held_out(p.limit)
-    with meter("questions", len(questions)) as advance:
-        said = answers(p, *checkpoints(system), questions)
-        advance(len(questions), len(questions))
+    said = answers(p, *checkpoints(system), questions)
     rows = [prediction(question, answer) for question, answer in zip(questions, said, strict=True)]
     write_jsonl(stage.out / "predictions.jsonl", rows)
     accuracy: dict[str, Any] = {}

@@ -125,7 +125,7 @@ def held_out_agreement(judge: Any, questions: int, seed: int, engine: Any) -> di
         held_out = LocalEngine(engine.model, engine.encoder.processor, _pictures(pictures))
         judge = ModelJudge(held_out, judge.prompts, judge.max_new_tokens)
     scored, unreadable = score_paths(paths, asked, judge)
-    return agreement(scored, truths) | {"unreadable": unreadable}
+    return agreement(scored, truths, judge.from_answers) | {"unreadable": unreadable}
 
 
 def _pictures(boards: dict[str, Any]) -> Any:

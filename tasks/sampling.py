@@ -1,11 +1,12 @@
-"""Sampling chains from a reasoning agent, journalled chunk by chunk.
+"""Sampling chains from a reasoning agent, journalled chunk by chunk, and counting texts as they end.
 
-from tasks.sampling import sample_in_chunks
+from tasks.sampling import counting, sample_in_chunks
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -36,6 +37,25 @@ class SamplingParams(Protocol):
     def chunk(self) -> int: ...
 
 
+@contextmanager
+def counting(engines: Sequence[Engine], advance: Callable[[int], None], done: int = 0) -> Iterator[None]:
+    """While the body runs, advance(texts) with `done` and what the engines have ended since."""
+    ended = done
+
+    def more(rows: int) -> None:
+        nonlocal ended
+        ended += rows
+        advance(ended)
+
+    for engine in engines:
+        engine.on_ended = more
+    try:
+        yield
+    finally:
+        for engine in engines:
+            engine.on_ended = lambda rows: None
+
+
 def sample_in_chunks(
     engine: Engine,
     questions: Sequence[Question],
@@ -61,6 +81,7 @@ def sample_in_chunks(
         def work(chunk: Sequence[Question] = chunk, sampling: Sampling = sampling) -> list[dict[str, Any]]:
             return [to_json(row) for row in sample_reasoning(engine, chunk, p.samples, p.prompts, sampling)]
 
-        rows += journal.once(asked, work)
+        with counting([engine], lambda ended: advance(ended, ended), len(rows)):
+            rows += journal.once(asked, work)
         advance(len(rows), len(rows))
     return rows

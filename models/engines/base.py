@@ -5,7 +5,7 @@ python -c "from models.engines.base import Sampling; print(Sampling(temperature=
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,9 +38,10 @@ class EngineError(RuntimeError):
 
 class Engine(Protocol):
     """Answers prompts in batches. The last turn of every conversation is open
-    (its assistant text is empty)."""
+    (its assistant text is empty). on_ended(texts): told how many texts have ended since it was told last."""
 
     batch_size: int
+    on_ended: Callable[[int], None]
 
     def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
         """One completion a prompt, in order. The same prompts and sampling give the same texts."""

@@ -24,9 +24,11 @@ class FakeEngine:
         self.reply = reply or (lambda conversation, sampling: ONE_STEP)
         self.batch_size = batch_size
         self.requests = 0
+        self.on_ended: Callable[[int], None] = lambda texts: None
 
     def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
         """One reply a prompt; a word counts as a token."""
         self.requests += len(prompts)
         texts = [self.reply(prompt, sampling) for prompt in prompts]
+        self.on_ended(len(texts))
         return [Completion(text, len(text.split()), True) for text in texts]

@@ -9,7 +9,7 @@ have ended leave the batch, so that a few long answers do not keep many finished
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ KEEP_SHARE = 0.75
 
 
 class LocalEngine:
-    """One model in this process. batch_size: rows decoded together."""
+    """One model in this process. batch_size: rows decoded together. on_ended(rows): told while it decodes how
+    many rows have ended since it was told last."""
 
     def __init__(
         self,
@@ -38,6 +39,7 @@ class LocalEngine:
         self.model = model.eval()
         self.encoder = Encoder(processor, images)
         self.batch_size = batch_size
+        self.on_ended: Callable[[int], None] = lambda rows: None
         self.end = processor.tokenizer.eos_token_id
         self.pad = processor.tokenizer.pad_token_id
 
@@ -117,7 +119,8 @@ class LocalEngine:
             for row, token, over in zip(rows.tolist(), chosen.tolist(), ended.tolist(), strict=True):
                 if not over:
                     out[row].append(token)
-            ended = ended | (chosen == self.end)
+            before, ended = ended, ended | (chosen == self.end)
+            self.on_ended(int((ended & ~before).sum()))
             if bool(ended.all()):
                 break
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
@@ -130,6 +133,8 @@ class LocalEngine:
                 mask, position = mask[running], position[running]
                 seen = None if seen is None else seen[running]
             inputs = {"input_ids": chosen[:, None]}
+        else:
+            self.on_ended(int((~ended).sum()))  # cut off
         return out
 
 

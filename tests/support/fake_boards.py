@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class BoardEngine:
     def __init__(self, records: str | Path, batch_size: int = 8, kill_after: int | None = None) -> None:
         self.truth = {(row["images"][0], row["question"]): row["answer"] for row in read_jsonl(records)}
         self.batch_size, self.kill_after, self.requests = batch_size, kill_after, 0
+        self.on_ended: Callable[[int], None] = lambda texts: None
 
     def generate(self, prompts: Sequence[Conversation], sampling: Sampling) -> list[Completion]:
         """One reply a prompt; a word counts as a token."""
@@ -40,6 +41,7 @@ class BoardEngine:
         if self.kill_after is not None and self.requests > self.kill_after:
             raise Killed
         texts = [self._reply(prompt, sampling.seed, place) for place, prompt in enumerate(prompts)]
+        self.on_ended(len(texts))
         return [Completion(text, len(text.split()), True) for text in texts]
 
     def _reply(self, prompt: Conversation, seed: int, place: int) -> str:
