@@ -55,7 +55,7 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
         stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
         engine = LocalEngine(model, processor, _images(instruct))
     judge = ModelJudge(engine, p.prompts, p.max_new_tokens) if engine else RuleJudge()
-    if (instruct / "boards.jsonl").exists():
+    if (instruct / "graded.jsonl").stat().st_size:  # boards take part
         numbers["agreement"] = held_out_agreement(judge, p.held_out_questions, seed, engine)
     return numbers
 
