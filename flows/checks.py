@@ -113,7 +113,7 @@ def disk(root: Path) -> Finding:
 
 
 def memory() -> Finding:
-    """The embedded profile needs up to 8 GiB with everything running."""
+    """The embedded profile needs up to MEMORY_GB with everything running."""
     import psutil
 
     available = psutil.virtual_memory().available / 1e9

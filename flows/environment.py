@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -119,3 +120,11 @@ def _started_elsewhere(pid: int) -> int | None:
         return int(psutil.Process(pid).create_time() * 100)
     except psutil.Error:
         return None
+
+
+def longview() -> str:
+    """How to call the command line from the current folder: its path where PATH does not lead to it."""
+    ours, found = Path(sys.executable).with_name("longview"), shutil.which("longview")
+    if not ours.is_file() or (found and Path(found).samefile(ours)):
+        return "longview"
+    return os.path.relpath(ours) if ours.is_relative_to(Path.cwd()) else str(ours)

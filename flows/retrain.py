@@ -30,6 +30,7 @@ from flows.environment import server_url
 from flows.parent_run import parent_run, read_note, write_note
 from flows.stage import DAY_S, StageFailed
 from flows.walk import Walk, say
+from tasks import params
 from tasks.params import ParamsError
 from tasks.tracking import TrackingError
 
@@ -92,6 +93,8 @@ def retrain(
                 parent.id()  # goes on
             walk = Walk(root, stages, parent, stage_timeout_s)
             walk_all(walk)
+            if "promote" in walk.did("restored"):
+                apply_decision()
             check_nothing_stale(str(root), names)
             executed = len(walk.did("skipped")) < len(stages)
             pushed = push(str(root)) if executed or held.get("unfinished") else 0
@@ -134,6 +137,14 @@ def walk_all(walk: Walk) -> None:
 def ensure_data(root: str) -> str:
     """data/ as data.dvc says."""
     return data.ensure(Path(root), say)
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def apply_decision() -> None:
+    """The alias in MLflow as a decision says that DVC restored from its cache."""
+    from tasks import promote
+
+    say(promote.apply_written(params.load("promote", promote.Params))["reason"])
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)

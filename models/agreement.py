@@ -1,7 +1,7 @@
 """How well a judge agrees with the truth: rank correlation within questions,
 AUC of right against wrong paths.
 
-from models.agreement import agreement, oracle_scores
+from models.agreement import agreement, with_oracle
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from models.records import Question, ReasoningPath
 from models.statistics import auc, within_groups
 
 
-def agreement(paths: Sequence[ReasoningPath], truths: Sequence[float | None]) -> dict[str, Any]:
+def agreement(
+    paths: Sequence[ReasoningPath], truths: Sequence[float | None], from_answers: bool = False
+) -> dict[str, Any]:
     """The judge's scores of `paths` against the oracle's (`truths`, None where there is no annotation).
 
-    auc: chance that the judge scores a right path above a wrong one; rank_correlation: Kendall's tau within
-    questions, averaged over the `questions` where both sides vary; None where the data cannot give it.
+    auc: chance that the judge scores a right path above a wrong one; None for a judge that scores by the
+    answers (`from_answers`): it would be 1 by construction. rank_correlation: Kendall's tau within questions,
+    averaged over the `questions` where both sides vary; None where the data cannot give it.
     """
     known = [path for path in paths if path.score is not None and path.right is not None]
     pairs = [
@@ -30,8 +33,9 @@ def agreement(paths: Sequence[ReasoningPath], truths: Sequence[float | None]) ->
         [path.score or 0 for path, _ in pairs],
         [truth for _, truth in pairs],
     )
+    right = [path.right is True for path in known]
     return {
-        "auc": auc([path.score or 0 for path in known], [path.right is True for path in known]),
+        "auc": None if from_answers else auc([path.score or 0 for path in known], right),
         "rank_correlation": within.kendall,
         "questions": within.questions,
     }
@@ -58,6 +62,7 @@ def with_oracle(
             continue
         text = questions[path.question_id].question
         verdict = assess_path(path.steps, path.right is True, np.array(annotation["digits"]), text)
-        marked.append(replace(path, oracle={"step_accuracy": round(verdict.step_accuracy, 4)}))
+        said = {"step_accuracy": round(verdict.step_accuracy, 4), "steps": list(verdict.steps)}
+        marked.append(replace(path, oracle=said))
         scores.append(float(verdict.score))
     return marked, scores

@@ -30,8 +30,9 @@ SCORE_TOKENS = 16
 
 class PathJudge(Protocol):
     """Scores all given paths of a question, each 1-100; None where the reply could not be read.
-    engines: those it asks."""
+    engines: those it asks. from_answers: it looks at nothing but whether answers are right."""
 
+    from_answers: bool
     engines: Sequence[Engine]
 
     async def score(self, question: Question, paths: Sequence[ReasoningPath]) -> Scores: ...
@@ -39,6 +40,8 @@ class PathJudge(Protocol):
 
 class ModelJudge:
     """A vision-language model as path judge: image, question, ground truth and all paths in one prompt."""
+
+    from_answers = False
 
     def __init__(self, engine: Engine, prompts: str) -> None:
         self.engine, self.prompts = engine, prompts
@@ -59,6 +62,7 @@ class RuleJudge:
     How long or how careful a path is earns nothing here: what works must show in the answers.
     """
 
+    from_answers = True
     engines: Sequence[Engine] = ()
 
     async def score(self, question: Question, paths: Sequence[ReasoningPath]) -> Scores:

@@ -8,6 +8,7 @@ A rule takes the paths of one question and gives (chosen, rejected) pairs, or th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -83,7 +84,8 @@ def build_pairs(
 
     A pair is dropped when the texts are equal, when a side has no text or no score,
     and when the judge prefers the rejected side or sees less than `min_margin` between them
-    (the judge and the answer filter disagree: not a clear preference).
+    (the judge and the answer filter disagree: not a clear preference), or when the right answer stands in the
+    rejected one (`contains`).
     """
     if rule not in RULES:
         raise ValueError(f"unknown pair rule {rule!r}; one of {', '.join(RULES)}")
@@ -148,4 +150,13 @@ def _unfit(chosen: ReasoningPath, rejected: ReasoningPath, min_margin: int) -> s
         return "unscored"
     if chosen.score - rejected.score < min_margin:
         return "judge_disagrees"
+    if chosen.right and not rejected.right and contains(rejected.answer, chosen.answer):
+        return "answer_contained"
     return None
+
+
+def contains(text: str, answer: str) -> bool:
+    """Whether the answer stands in the text as words or a number of its own: the text may then mean it, and
+    the answer filter have missed that (MPO, arXiv 2411.10442, leaves out such pairs)."""
+    said, wanted = (" ".join(part.lower().split()) for part in (text, answer))
+    return bool(wanted) and re.search(rf"(?<![\w.\-]){re.escape(wanted)}(?!\w|\.\w)", said) is not None

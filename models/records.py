@@ -55,7 +55,7 @@ class ReasoningPath:
     answer: str
     right: bool | None = None
     score: int | None = None
-    oracle: dict[str, float] | None = None
+    oracle: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

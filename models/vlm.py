@@ -179,6 +179,11 @@ class Encoder:
             ids = list(out["input_ids"][0])
             self._expanded = self.tokenizer.decode(ids, skip_special_tokens=False)
             self._tokens_per_image = ids.count(self.processor.image_token_id)
+            if not self._tokens_per_image:
+                raise ImageTokenError(
+                    f"the processor puts no {self.processor.image_token!r} in place of an image: the model "
+                    "would answer without having seen it. Is this a checkpoint with vision?"
+                )
 
     def _process_images(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
         pictures = [self._open(path) for path in images]

@@ -55,7 +55,7 @@ def run(p: Params, stage: StageRun) -> dict[str, Any]:
         "right_share": len(surviving) / len(paths),
         "filtered": dict(how),
         "unreadable": unreadable,
-        "agreement": agreement(*with_oracle(probe, questions)),
+        "agreement": agreement(*with_oracle(probe, questions), judge.from_answers),
         "score_mean": _mean([path.score for path in scored if path.score is not None]),
         "oracle_step_accuracy": _mean([path.oracle["step_accuracy"] for path in merged if path.oracle]),
     }

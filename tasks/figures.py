@@ -32,6 +32,8 @@ STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
 }
+LEGEND_PAD = 24.0
+"""Points between axes and title where a legend stands there."""
 PATH_LINES = (
     ("chosen_mean", "chosen", GREEN, "^"),
     ("mean", "all paths", BLUE, "o"),
@@ -76,10 +78,12 @@ def rounds(path: Path, comparison: Mapping[str, Any]) -> bool:
         ):
             shares = [comparison["systems"][name]["accuracy"][key] for name in generations]
             _line(axes[0], shares, label, style, shift)
-        axes[0].set(title="Reasoning accuracy by generation", ylabel="Accuracy, %")
+        axes[0].set_title("Reasoning accuracy by generation", pad=LEGEND_PAD)
+        axes[0].set(ylabel="Accuracy, %")
         axes[0].set_xticks(range(len(generations)), [title(name) for name in generations])
         _by_round(axes[1], facts, "reward")
-        axes[1].set(title="Reward by round", ylabel="Judge's score, 1–100")
+        axes[1].set_title("Reward by round", pad=LEGEND_PAD)
+        axes[1].set(ylabel="Judge's score, 1–100")
 
     return bool(facts) and _figure(path, draw, columns=2, size=(9, 3.4))
 
@@ -93,11 +97,13 @@ def length(path: Path, comparison: Mapping[str, Any]) -> bool:
     def draw(axes: Any) -> None:
         values = [comparison["systems"][name]["reasoning_tokens"] for name in names]
         axes[0].plot(range(len(names)), values, color=BLUE, marker="o", linewidth=2)
-        axes[0].set(title="Held-out reasoning", ylabel="Tokens, mean", ylim=(0, max(values) * 1.2))
+        axes[0].set_title("Held-out reasoning", pad=LEGEND_PAD)
+        axes[0].set(ylabel="Tokens, mean", ylim=(0, max(values) * 1.2))
         axes[0].set_xticks(range(len(names)), [title(name) for name in names])
         if comparison["rounds"]:
             _by_round(axes[1], comparison["rounds"], "length")
-            axes[1].set(title="Sampled paths by round", ylabel="Words, mean")
+            axes[1].set_title("Sampled paths by round", pad=LEGEND_PAD)
+            axes[1].set(ylabel="Words, mean")
             axes[1].set_ylim(0, 1.15 * axes[1].get_ylim()[1])
 
     columns = 2 if comparison["rounds"] else 1
@@ -257,7 +263,7 @@ def _line(
     xs, means = [x + shift for x, _ in known], [100 * share["mean"] for _, share in known]
     errors = [[100 * abs(share["mean"] - share[end]) for _, share in known] for end in ("low", "high")]
     axis.errorbar(xs, means, yerr=errors, linewidth=2, elinewidth=1, capsize=3, label=label, **style)
-    axis.legend()
+    _legend_above(axis)
 
 
 def _by_round(axis: Any, facts: Mapping[str, Any], key: str) -> None:
@@ -269,7 +275,12 @@ def _by_round(axis: Any, facts: Mapping[str, Any], key: str) -> None:
             axis.plot(*zip(*known, strict=True), color=colour, marker=mark, linewidth=2, label=label)
     axis.set_xticks(range(len(facts)), [title(name) for name in facts])
     if axis.get_lines():
-        axis.legend()
+        _legend_above(axis)
+
+
+def _legend_above(axis: Any) -> None:
+    """Between the title and the axes, where no line runs through it."""
+    axis.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.2)
 
 
 def _colour(system: str) -> str:

@@ -51,7 +51,7 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
         model, processor = load(kept)
         save(model, processor, stage.out / "checkpoint")
         stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
-    if (instruct / "boards.jsonl").exists():
+    if (instruct / "graded.jsonl").stat().st_size:  # boards take part
         numbers["agreement"] = held_out_agreement(p, seed, stage)
     return numbers
 
@@ -120,7 +120,7 @@ def held_out_agreement(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
     questions, images = list(asked.values()), _pictures(pictures)
     with roles.path_judge(stage.out, p.prompts, questions, stage, images) as judge:
         scored, unreadable = score_all(paths, asked, judge)
-    return agreement(scored, truths) | {"unreadable": unreadable}
+    return agreement(scored, truths, judge.from_answers) | {"unreadable": unreadable}
 
 
 def _pictures(boards: dict[str, Any]) -> Any:

@@ -26,7 +26,8 @@ class ParamsError(ValueError):
 
 
 def load(section: str, cls: type[T], path: str | Path = PARAMS_FILE) -> T:
-    """The section (dots reach deeper: `dpo.loss`) as `cls`. Keys left out take the dataclass default."""
+    """The section (dots reach deeper: `dpo.loss`) as `cls`. Keys left out, here or in a section of it, keep
+    the defaults of `cls`."""
     value: Any = read(path)
     for key in section.split("."):
         if not isinstance(value, Mapping) or key not in value:
@@ -93,7 +94,14 @@ def _parse_dataclass(value: Any, cls: type, where: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
             raise ParamsError(f"{where}: key '{name}' is missing")
-    parsed = {key: parse(item, kinds[key], f"{where}.{key}") for key, item in value.items()}
+    parsed = {}
+    for key, item in value.items():
+        parsed[key] = parse(item, kinds[key], f"{where}.{key}")
+        make = fields[key].default_factory
+        default = None if make is dataclasses.MISSING else make()
+        if isinstance(item, Mapping) and dataclasses.is_dataclass(default) and not isinstance(default, type):
+            given = {name: getattr(parsed[key], name) for name in item}
+            parsed[key] = dataclasses.replace(default, **given)
     try:
         return cls(**parsed)
     except ValueError as error:  # a dataclass may check its own ranges in __post_init__

@@ -17,14 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from models import results
 from models.records import read_jsonl
 from tasks import params, tracking
-from tasks.registry import Registry, Version
+from tasks.registry import Agents, Registry, Version
 from tasks.stage import StageError, open_stage, round_floats, write_json
 
 COMPARE, EVALUATE, OUT = Path("artifacts/compare"), Path("artifacts/evaluate"), Path("artifacts/promote")
@@ -48,7 +48,7 @@ class Opponent:
     name: str
     predictions: results.Rows
     over: str = BASE
-    checkpoint_md5: str | None = None
+    agents: Agents | None = None
     note: str = ""
 
 
@@ -73,7 +73,7 @@ def run(
     candidate_predictions: results.Rows,
     opponent: Opponent,
     *,
-    candidate_md5: str | None,
+    agents: Agents | None,
     perception_margin: float,
     resamples: int,
 ) -> dict[str, Any]:
@@ -93,9 +93,9 @@ def run(
         {
             "decision": "promote" if better and kept else "keep",
             "candidate": candidate,
-            "candidate_checkpoint": candidate_md5,
+            "candidate_agents": asdict(agents) if agents else None,
             "opponent": opponent.name,
-            "opponent_checkpoint": opponent.checkpoint_md5,
+            "opponent_agents": asdict(opponent.agents) if opponent.agents else None,
             "validation": validation,
             "perception_margin": perception_margin,
             **figures,
@@ -131,11 +131,11 @@ def _reason(
 
 
 def find_opponent(
-    candidate_md5: str | None, asked: set[tuple], base: results.Rows, registry: Registry | None
+    candidate: Agents | None, asked: set[tuple], base: results.Rows, registry: Registry | None
 ) -> Opponent:
     """The champion; or what the candidate was promoted over, if it is the champion already; or base."""
     version = registry.champion() if registry else None
-    if registry and version and version.checkpoint_md5 == candidate_md5:
+    if registry and version and version.agents == candidate:
         version = None if version.over == BASE else registry.version(version.over)
     if registry is None or version is None:
         return Opponent(BASE, base)
@@ -148,7 +148,7 @@ def find_opponent(
     if _questions(predictions) != asked:
         note = f"The champion (version {version.number}, {version.generation}) answered other questions."
         return Opponent(BASE, base, over=BASE, note=note)
-    return Opponent(_title(version), predictions, version.number, version.checkpoint_md5)
+    return Opponent(_title(version), predictions, version.number, version.agents)
 
 
 def _questions(rows: results.Rows) -> set[tuple]:
@@ -160,22 +160,25 @@ def _title(version: Version) -> str:
     return f"champion {version.generation} (version {version.number})"
 
 
-def checkpoint_md5(system: str) -> str | None:
-    """The md5 of the reasoning checkpoint that a system was evaluated with, from its manifest."""
+def agents_of(system: str) -> Agents | None:
+    """The agents that a system was evaluated with, from its manifest; None without one."""
     path = EVALUATE / system / "manifest.json"
     if not path.exists():
         return None
-    part = "reasoning_sft" if system == "multi_agent" else f"rounds/{system}/dpo"
     inputs: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["inputs"]
-    return next((md5 for name, md5 in inputs.items() if part in name), None)
+    parts = "reasoning_sft" if system == "multi_agent" else f"rounds/{system}/dpo", "summary_sft"
+    found = [next((md5 for name, md5 in inputs.items() if part in name), None) for part in parts]
+    if None in found:
+        raise StageError(f"{path} names no checkpoint of {' and '.join(parts)}: evaluate {system} again")
+    return Agents(*map(str, found))
 
 
 def apply(decision: Mapping[str, Any], registry: Registry, over: str) -> Version | None:
     """Make the registry say what the decision says; repeating it changes nothing."""
-    if decision["decision"] != "promote" or not decision["candidate_checkpoint"]:
+    if decision["decision"] != "promote" or not decision["candidate_agents"]:
         return registry.champion()
     predictions = EVALUATE / decision["candidate"] / "predictions.jsonl"
-    return registry.promote(decision["candidate"], decision["candidate_checkpoint"], predictions, over)
+    return registry.promote(decision["candidate"], Agents(**decision["candidate_agents"]), predictions, over)
 
 
 def _predictions(system: str) -> list[dict[str, Any]]:
@@ -186,13 +189,13 @@ def decide(settings: Params, registry: Registry | None) -> tuple[dict[str, Any],
     """The decision on this checkout's comparison, against this registry's champion."""
     comparison = json.loads((COMPARE / "comparison.json").read_text(encoding="utf-8"))
     candidate, _ = choose(comparison)
-    predictions, md5 = _predictions(candidate), checkpoint_md5(candidate)
-    opponent = find_opponent(md5, _questions(predictions), _predictions(BASE), registry)
+    predictions, agents = _predictions(candidate), agents_of(candidate)
+    opponent = find_opponent(agents, _questions(predictions), _predictions(BASE), registry)
     decision = run(
         comparison,
         predictions,
         opponent,
-        candidate_md5=md5,
+        agents=agents,
         perception_margin=settings.perception_margin,
         resamples=settings.resamples,
     )
@@ -214,6 +217,16 @@ def stage(settings: Params) -> dict[str, Any]:
     return decision
 
 
+def apply_written(settings: Params) -> dict[str, Any]:
+    """Set the alias to what decision.json says: DVC restores the file, and knows nothing of the registry."""
+    decision: dict[str, Any] = json.loads((OUT / "decision.json").read_text(encoding="utf-8"))
+    if tracking.enabled():
+        registry = Registry(settings.model, settings.alias)
+        champion = registry.champion()
+        apply(decision, registry, champion.number if champion else BASE)
+    return decision
+
+
 _LOGGED = [(key, part) for key in ("reasoning", "perception") for part in ("mean", "low", "high")]
 
 
@@ -222,13 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Decide whether the best generation becomes champion.")
     parser.add_argument("--apply", action="store_true", help="set the alias to what decision.json says")
     settings = params.load("promote", Params)
-    if parser.parse_args(arguments).apply:
-        decision = json.loads((OUT / "decision.json").read_text(encoding="utf-8"))
-        registry = Registry(settings.model, settings.alias)
-        champion = registry.champion()
-        apply(decision, registry, champion.number if champion else BASE)
-    else:
-        decision = stage(settings)
+    decision = apply_written(settings) if parser.parse_args(arguments).apply else stage(settings)
     print(decision["reason"])
 
 

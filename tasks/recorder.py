@@ -26,6 +26,8 @@ from typing import Any
 
 from tasks import tracking
 
+ABOUT_NO_ONE = ("judge", "summary", "compare", "report")
+"""Stages that read checkpoints and whose metrics are of none of them: of the judge, or of several."""
 FIRST_KINDS = ("reasoning", "base")  # whose metrics a stage's are when it reads several checkpoints
 
 
@@ -123,7 +125,7 @@ class RunRecord:
 
     def _subject(self) -> list[str]:
         """The one checkpoint that a stage which trains none (sample, score, evaluate) tells about."""
-        if not self.read_models or self.stage.partition("@")[0].startswith(("summary", "compare", "report")):
+        if not self.read_models or self.stage.partition("@")[0].startswith(ABOUT_NO_ONE):
             return []
 
         def rank(model: Any) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
     python -c "from tasks.registry import Registry; print(Registry().champion())"
 
-A promoted generation is a version of one registered model. Its tags hold the md5 of its checkpoint (DVC holds
-the weights) and what it was promoted over; its logged model holds its predictions, for later comparisons.
+A promoted generation is a version of one registered model. Its tags hold the md5s of its two checkpoints (DVC
+holds the weights) and what it was promoted over; its logged model holds its predictions, for comparisons.
 """
 
 from __future__ import annotations
@@ -20,12 +20,20 @@ PREDICTIONS = "predictions.jsonl"
 
 
 @dataclass(frozen=True)
+class Agents:
+    """Which generation this is: md5 of the reasoning agent's checkpoint and of the summary agent's."""
+
+    reasoning: str
+    summary: str
+
+
+@dataclass(frozen=True)
 class Version:
     """One version of the registered model. `over`: the version it was promoted over, or "base"."""
 
     number: str
     generation: str
-    checkpoint_md5: str
+    agents: Agents
     model_id: str
     over: str
 
@@ -53,28 +61,33 @@ class Registry:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 location = self.client.get_logged_model(version.model_id).artifact_location
-                uri = f"{location}/{PREDICTIONS}"
+                uri = f"{location}/{_folder(version.agents)}/{PREDICTIONS}"
                 return list(read_jsonl(mlflow.artifacts.download_artifacts(uri, dst_path=folder)))
             except (MlflowException, OSError):
                 return None
 
-    def promote(self, generation: str, checkpoint_md5: str, predictions: Path, over: str) -> Version:
+    def promote(self, generation: str, agents: Agents, predictions: Path, over: str) -> Version:
         """Register the generation unless it is, keep its predictions, and point the alias at it."""
-        known = next((found for found in self._versions() if found.checkpoint_md5 == checkpoint_md5), None)
-        model_id = known.model_id if known else self._logged_model(generation, checkpoint_md5)
-        self.client.log_model_artifact(model_id, str(predictions))
+        known = next((found for found in self._versions() if found.agents == agents), None)
+        model_id = known.model_id if known else self._logged_model(generation, agents.reasoning)
+        self.client.log_model_artifact(model_id, str(predictions), _folder(agents))
         if known is None:
-            known = self._register(generation, checkpoint_md5, model_id, over)
+            known = self._register(generation, agents, model_id, over)
         elif known.over != over and self.champion() != known:
             self.client.set_model_version_tag(self.model, known.number, "promoted_over", over)
         if self.champion() != known:
             self.client.set_registered_model_alias(self.model, self.alias, known.number)
         return known
 
-    def _register(self, generation: str, checkpoint_md5: str, model_id: str, over: str) -> Version:
+    def _register(self, generation: str, agents: Agents, model_id: str, over: str) -> Version:
         import mlflow
 
-        tags = {"generation": generation, "checkpoint_md5": checkpoint_md5, "promoted_over": over}
+        tags = {
+            "generation": generation,
+            "checkpoint_md5": agents.reasoning,
+            "summary_md5": agents.summary,
+            "promoted_over": over,
+        }
         return _version(mlflow.register_model(f"models:/{model_id}", self.model, tags=tags))
 
     def _logged_model(self, generation: str, checkpoint_md5: str) -> str:
@@ -104,12 +117,17 @@ class Registry:
             raise
 
 
+def _folder(agents: Agents) -> str:
+    """Where a reasoning agent's logged model keeps the answers it gave with this summary agent."""
+    return f"with-summary-{agents.summary[:12]}"
+
+
 def _version(found: Any) -> Version:
     tags = found.tags
     return Version(
         number=str(found.version),
         generation=tags.get("generation", ""),
-        checkpoint_md5=tags.get("checkpoint_md5", ""),
+        agents=Agents(tags.get("checkpoint_md5", ""), tags.get("summary_md5", "")),
         model_id=found.model_id or (found.source or "").removeprefix("models:/"),
         over=tags.get("promoted_over", "base"),
     )

@@ -57,6 +57,8 @@ def run(
     out: Path,
     data_version: str,
     profile: str,
+    seed: int,
+    judge: str,
 ) -> None:
     """Draw and write the report into `out`. `examples` come from `pick_examples`."""
     folder = out / "figures"
@@ -82,6 +84,8 @@ def run(
         else "",
         "data_version": data_version,
         "profile": profile,
+        "seed": seed,
+        "judge": judge,
     }
     for name in ("report.md", "report.html"):
         (out / name).write_text(_render(f"{name}.j2", values), encoding="utf-8")
@@ -105,7 +109,8 @@ def headline(comparison: Mapping[str, Any], best: str) -> str:
 def pick_examples(
     questions: Mapping[str, Mapping[str, Any]], paths: Sequence[Mapping[str, Any]], count: int
 ) -> list[dict[str, Any]]:
-    """Questions with a right and a wrong path: scores furthest apart first, families in turn."""
+    """Questions with a right and a wrong path: families in turn, scores furthest apart first, and of equal
+    ones the longest right chain."""
     by_question: dict[str, list[Mapping[str, Any]]] = {}
     for path in paths:
         if path.get("score") is not None and path["question_id"] in questions:
@@ -115,19 +120,21 @@ def pick_examples(
         best, worst = _extremes(own)
         if best["right"] and not worst["right"]:
             found.append((best["score"] - worst["score"], name, best, worst))
-    found.sort(key=lambda item: (-item[0], item[1]))
+    found.sort(key=lambda item: (-item[0], -len(item[2]["steps"]), item[1]))
     seen: dict[str | None, int] = {}
-    ordered = []
-    for gap, name, best, worst in found:
+    turns = []
+    for _, name, _, _ in found:
         family = questions[name].get("family")
         seen[family] = seen.get(family, 0) + 1
-        ordered.append((seen[family], -gap, name, best, worst))
-    ordered.sort(key=lambda item: item[:3])
-    return [_example(questions[name], best, worst) for _, _, name, best, worst in ordered[:count]]
+        turns.append(seen[family])
+    in_turn = sorted(range(len(found)), key=lambda place: (turns[place], place))[:count]
+    return [_example(questions[name], best, worst) for _, name, best, worst in (found[i] for i in in_turn)]
 
 
 def _extremes(paths: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    ranked = sorted(paths, key=lambda path: (path["score"], bool(path["right"]), path["sample"]))
+    ranked = sorted(
+        paths, key=lambda path: (path["score"], bool(path["right"]), len(path["steps"]), path["sample"])
+    )
     return ranked[-1], ranked[0]
 
 
@@ -191,16 +198,17 @@ def _figures(
             "rounds.png",
             "Accuracy and reward by round",
             "Left: each generation on test questions and on the validation questions that choose among them. "
-            "Right: what the judge thinks of the paths each round sampled, of questions with right and wrong "
-            "ones. Reward that rises while accuracy does not is a judge being pleased, not an agent being "
-            "right.",
+            "Right: what the judge gives the paths each round sampled, of questions with right and wrong "
+            "ones (a judge by rules gives 100 or 1). Reward that rises while accuracy does not is a judge "
+            "being pleased, not an agent being right.",
             lambda path: figures.rounds(path, comparison),
         ),
         Figure(
             "length.png",
             "Length by round",
-            "Preference training can reward length itself. Left: reasoning on held-out questions. Right: "
-            "paths sampled for training; chosen and rejected should stay close.",
+            "Preference training can reward length itself. Left: reasoning on held-out questions. Right: the "
+            "whole paths sampled for training (with score.scope: step, a pair trains on less). Chosen far "
+            "longer than rejected: working out is rewarded, or mere length; the accuracy beside it tells.",
             lambda path: figures.length(path, comparison),
         ),
         Figure(
@@ -213,8 +221,9 @@ def _figures(
         Figure(
             "agreement.png",
             "Agreement of judge and truth",
-            "Left: chance that a right path scores above a wrong one (0.5 is a coin). Right: correlation of "
-            "scores with the share of correct steps, within questions (0 is none). Only with annotations.",
+            "Left: chance that a right path scores above a wrong one (0.5 is a coin); empty for a judge by "
+            "rules, which scores by the answers themselves. Right: correlation of scores with the oracle's, "
+            "which knows what the image shows and counts false steps and a wrong answer (0 is none).",
             lambda path: figures.agreement(path, agreements),
         ),
         Figure(
@@ -323,6 +332,8 @@ def main() -> None:
             out=stage.out,
             data_version=data_version({}) or "untracked",
             profile=profile,
+            seed=params.seed(),
+            judge=str(params.read().get("judge", {}).get("kind", "model")),
         )
         stage.artifact(stage.out / "report.html")
         stage.artifact(stage.out / "report.md")

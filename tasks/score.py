@@ -61,6 +61,7 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
         )
     write_jsonl(stage.out / "paths.jsonl", scored_paths)
     kept = pairs[: p.max_pairs]
+    dropped |= {"above_max_pairs": len(pairs) - len(kept)} if len(pairs) > len(kept) else {}
     write_jsonl(stage.out / "pairs.jsonl", [first_difference(q) for q in kept] if p.scope == "step" else kept)
     return {
         "questions": len({path.question_id for path in paths}),
@@ -68,10 +69,10 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
         "failed": len(failures),
         "unreadable": unreadable,
         "right_share": sum(path.right is True for path in paths) / len(paths),
-        **_rewards(scored, pairs),
-        **_lengths(scored_paths, pairs),
-        "pairs": {"kept": len(pairs), "dropped": dropped},
-        "agreement": agreement(scored_paths, truths),
+        **_rewards(scored, kept),
+        **_lengths(scored_paths, kept),
+        "pairs": {"kept": len(kept), "dropped": dropped},
+        "agreement": agreement(scored_paths, truths, judge.from_answers),
     }
 
 

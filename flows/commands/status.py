@@ -94,7 +94,7 @@ def report() -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from flows.environment import root, server_url
+    from flows.environment import longview, root, server_url
 
     base = root()
     if not (base / TABLE).is_file():
@@ -112,6 +112,8 @@ def report() -> None:
         typer.echo(f"report   {path}")
     mlflow = server_url("mlflow", base)
     typer.echo(
-        f"runs     {mlflow}" if mlflow else "runs     `longview up` shows every run in MLflow and Prefect"
+        f"runs     {mlflow}"
+        if mlflow
+        else f"runs     `{longview()} up` shows every run in MLflow and Prefect"
     )
-    typer.echo("stages   longview status")
+    typer.echo(f"stages   {longview()} status")

@@ -25,11 +25,13 @@ _PARITY = re.compile(r"(\d{1,9}) is (even|odd)$")
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of one path: checkable claims, how many are false, and the oracle's score 1-100."""
+    """Of one path: checkable claims, how many are false, and the oracle's score 1-100. steps: of every step
+    whether all its checkable claims are true; None where it makes none."""
 
     claims: int
     wrong: int
     score: int
+    steps: tuple[bool | None, ...] = ()
 
     @property
     def step_accuracy(self) -> float:
@@ -77,10 +79,13 @@ def assess_path(steps: Sequence[Step], answer_right: bool, digits: np.ndarray, q
     every false claim costs 30, a wrong answer 40.
     """
     holds = condition_in(question)
-    results = [check_claim(claim, digits, holds) for step in steps for claim in claims(step.content)]
-    checked = [result for result in results if result is not None]
+    by_step = [[check_claim(claim, digits, holds) for claim in claims(step.content)] for step in steps]
+    checked = [result for results in by_step for result in results if result is not None]
     wrong = checked.count(False)
     titles = {step.title for step in steps}
     ceiling = 95 if "Check" in titles else 85 if titles & {"Work", "Join"} else 55 if "Read" in titles else 20
     score = ceiling - 30 * wrong - (0 if answer_right else 40)
-    return Verdict(len(checked), wrong, max(1, min(100, score)))
+    verdicts = [[result for result in results if result is not None] for results in by_step]
+    return Verdict(
+        len(checked), wrong, max(1, min(100, score)), tuple(all(own) if own else None for own in verdicts)
+    )

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +111,9 @@ def test_mlflow_has_a_run_a_stage_under_the_flows_run(finished: Path) -> None:
     assert client.search_logged_models([experiment.experiment_id])
 
 
-def test_running_again_does_nothing_and_takes_seconds(finished: Path) -> None:
-    began = time.monotonic()
+def test_running_again_does_nothing(finished: Path) -> None:
     done = longview(finished, "run")
     assert done.returncode == 0 and "everything is up to date" in done.stdout
-    assert time.monotonic() - began < 20
 
 
 def test_dvc_alone_agrees(finished: Path) -> None:

@@ -318,3 +318,16 @@ def test_the_meter_prints_rate_and_time_left(capsys):
     assert len(lines) > 2
     assert "records" in lines[0] and "/s" in lines[0] and "s left" in lines[0]
     assert lines[-1].startswith("10 records") and "left" not in lines[-1]
+
+
+def test_own_data_is_taught_without_boards_where_none_are_wanted(checkout, tmp_path):
+    from models.mimicit import general_conversations
+    from tasks import instruct
+
+    import_folder(make_source(tmp_path / "source"), checkout)
+    settings = instruct.Params(boards=0, demonstrations=0, graded=0)
+    counts = instruct.run(settings, 0, checkout / "data", tmp_path / "instruct")
+    asked = list(read_questions(checkout / "data/records.jsonl", split="train"))
+    lessons = general_conversations(tmp_path / "instruct")
+    assert counts["instructions"] == len(lessons) == len(asked) and counts["boards"] == 0
+    assert (tmp_path / "instruct/graded.jsonl").read_text() == ""

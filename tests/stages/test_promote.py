@@ -7,7 +7,7 @@ import pytest
 
 from tasks import compare, promote, tracking
 from tasks.fingerprint import fingerprint
-from tasks.registry import Registry
+from tasks.registry import Agents, Registry
 from tasks.stage import StageError
 from tests.support.results_data import predictions, round_metrics, write_rounds, write_system
 
@@ -16,9 +16,7 @@ def decided(base, candidate, margin=0.01):
     rows = {"base": base, "r1": candidate}
     comparison = compare.run(rows, {"r1": round_metrics(1)}, resamples=2000, seed=0)
     opponent = promote.Opponent("base", base)
-    return promote.run(
-        comparison, candidate, opponent, candidate_md5="x", perception_margin=margin, resamples=2000
-    )
+    return promote.run(comparison, candidate, opponent, agents=None, perception_margin=margin, resamples=2000)
 
 
 def test_the_first_generation_that_beats_base_is_promoted():
@@ -64,12 +62,12 @@ def test_nothing_to_promote_says_so():
         promote.choose({"order": ["base"], "systems": {"base": {}}})
 
 
-def evaluated(r1, md5="1" * 32 + ".dir", ids=""):
+def evaluated(r1, md5="1" * 32 + ".dir", ids="", summary="5" * 32 + ".dir"):
     """The stages up to compare, without MLflow."""
     write_rounds(1)
     write_system("base", predictions(0.40, 0.90, 0.40, reasons=False, ids=ids))
     write_system("multi_agent", predictions(0.41, 0.90, 0.40, ids=ids), "a" * 32 + ".dir")
-    write_system("r1", r1, md5)
+    write_system("r1", r1, md5, summary)
     systems = compare.load_predictions(["base", "multi_agent", "r1"])
     Path("artifacts/compare").mkdir(parents=True, exist_ok=True)
     found = compare.run(systems, {"r1": round_metrics(1)}, resamples=2000, seed=0)
@@ -85,11 +83,16 @@ def test_champions_come_and_stay_by_the_registry(checkout):
         registry = Registry()
         champion = registry.champion()
         assert (first["decision"], champion.number, champion.over) == ("promote", "1", "base")
-        assert champion.checkpoint_md5 == "1" * 32 + ".dir"
+        assert champion.agents == Agents("1" * 32 + ".dir", "5" * 32 + ".dir")
 
         promote.stage(settings)
         promote.main(["--apply"])
         assert fingerprint("artifacts/promote", cache=False) == bytes_before
+        assert registry.champion() == champion
+
+        evaluated(predictions(0.50, 0.90, 0.50), summary="6" * 32 + ".dir")
+        worse = promote.stage(settings)
+        assert worse["decision"] == "keep" and worse["opponent"] == "champion r1 (version 1)"
         assert registry.champion() == champion
 
         evaluated(predictions(0.60, 0.90, 0.60), md5="2" * 32 + ".dir")
@@ -105,6 +108,16 @@ def test_champions_come_and_stay_by_the_registry(checkout):
         assert (registry.champion().number, registry.champion().over) == ("2", "1")
         promote.stage(settings)
         assert fingerprint("artifacts/promote", cache=False) == bytes_before
+
+        evaluated(predictions(0.80, 0.90, 0.80), md5="3" * 32 + ".dir", summary="7" * 32 + ".dir")
+        again = promote.stage(settings)
+        assert again["opponent"] == "champion r1 (version 2)"
+        assert (registry.champion().number, registry.champion().over) == ("3", "2")
+        assert len(registry.predictions(registry.version("2"))) == len(
+            registry.predictions(registry.champion())
+        )
+        right = sum(row["right"] for row in registry.predictions(registry.version("2")))
+        assert right < sum(row["right"] for row in registry.predictions(registry.champion()))
 
         evaluated(predictions(0.60, 0.90, 0.60, ids="new-"), md5="4" * 32 + ".dir", ids="new-")
         other = promote.stage(settings)

@@ -84,7 +84,7 @@ def test_a_run_without_rounds_or_annotations_still_has_a_report(finished):
     comparison = compare.run(rows, {}, resamples=100, seed=0)
     decision = {**json.loads(Path("artifacts/promote/decision.json").read_text()), "candidate": "multi_agent"}
     out = Path("bare")
-    report.run(comparison, decision, [], [], out=out, data_version="x", profile="tiny")
+    report.run(comparison, decision, [], [], out=out, data_version="x", profile="tiny", seed=0, judge="rules")
     assert {path.name for path in (out / "figures").iterdir()} == {"ablation.png", "families.png"}
     assert "Example chains" not in (out / "report.html").read_text()
 

@@ -65,16 +65,15 @@ def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def write_system(name, rows, checkpoint_md5="0" * 32 + ".dir"):
+def write_system(name, rows, checkpoint_md5="0" * 32 + ".dir", summary_md5="5" * 32 + ".dir"):
     """artifacts/evaluate/<name> as the stage leaves it."""
     folder = Path("artifacts/evaluate") / name
     write_rows(folder / "predictions.jsonl", rows)
     path = {"base": "artifacts/foundation", "multi_agent": "artifacts/reasoning_sft"}.get(
         name, f"artifacts/rounds/{name}/dpo"
     )
-    (folder / "manifest.json").write_text(
-        json.dumps({"stage": f"evaluate@{name}", "inputs": {path: checkpoint_md5}})
-    )
+    inputs = {path: checkpoint_md5, "artifacts/summary_sft/checkpoint": summary_md5}
+    (folder / "manifest.json").write_text(json.dumps({"stage": f"evaluate@{name}", "inputs": inputs}))
 
 
 def write_rounds(*numbers):

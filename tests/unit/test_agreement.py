@@ -27,6 +27,11 @@ def test_a_judge_that_ranks_right_above_wrong_has_auc_one() -> None:
     assert agreement([path(50, True), path(50, False)], [None, None])["auc"] == 0.5
 
 
+def test_a_judge_that_reads_the_answers_is_not_measured_by_them() -> None:
+    paths = [path(100, True), path(1, False)]
+    assert agreement(paths, [95, 15], from_answers=True) == {**agreement(paths, [95, 15]), "auc": None}
+
+
 def test_ranks_are_compared_within_questions_only() -> None:
     paths = [path(10, True), path(20, True), path(70, True, "own"), path(60, True, "own")]
     found = agreement(paths, [50, 60, 5, 1])  # between the questions the judge has it the wrong way round
@@ -51,6 +56,10 @@ def test_paths_without_a_score_count_nowhere() -> None:
 def test_the_oracle_speaks_of_annotated_questions_only() -> None:
     said = [path(1, True), path(1, True, content="top row is 3 5 9"), path(1, False, "own")]
     marked, scores = with_oracle(said, QUESTIONS)
-    assert [p.oracle for p in marked] == [{"step_accuracy": 1.0}, {"step_accuracy": 0.0}, None]
+    assert [p.oracle for p in marked] == [
+        {"step_accuracy": 1.0, "steps": [True, None]},
+        {"step_accuracy": 0.0, "steps": [False, None]},
+        None,
+    ]
     assert scores[0] is not None and scores[1] is not None and scores[0] > scores[1] and scores[2] is None
     assert [(p.score, p.right) for p in marked] == [(p.score, p.right) for p in said]

@@ -206,3 +206,28 @@ def test_a_pair_cut_to_its_first_difference_keeps_one_step_a_side(
 def test_texts_that_differ_only_in_their_end_still_make_a_cut_pair() -> None:
     cut = first_difference(Pair("q", chain("Answer: 7"), chain("Answer: 7") + "\n", 100, 1, 99))
     assert (cut.chosen, cut.rejected) == ("</thoughts>", "</thoughts>\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "stands"),
+    [
+        ("about 3 of them", "3", True),
+        ("The Lamp.", "lamp", True),
+        ("a  desk lamp", "desk lamp", True),
+        ("13", "3", False),
+        ("-3", "3", False),
+        ("3.5", "3", False),
+        ("lampshade", "lamp", False),
+        ("3", "", False),
+    ],
+)
+def test_a_rejected_answer_that_holds_the_right_one_is_no_preference(
+    text: str, answer: str, stands: bool
+) -> None:
+    from models.pairing import contains
+
+    assert contains(text, answer) is stands
+    right = ReasoningPath("q", 0, [], "right", answer, True, 100)
+    wrong = ReasoningPath("q", 1, [], "wrong", text, False, 1)
+    pairs, dropped = build_pairs([[right, wrong]], "best_right_vs_worst_wrong")
+    assert (len(pairs), dropped) == ((0, {"answer_contained": 1}) if stands else (1, {}))

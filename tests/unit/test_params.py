@@ -118,3 +118,13 @@ def test_shipped_params_are_the_embedded_profile() -> None:
 
     assert profile.edits(REPOSITORY, profile._load(REPOSITORY / "params.yaml")) == []
     assert params.read(REPOSITORY / "params.yaml")["profile"] == "embedded"
+
+
+def test_a_key_left_out_of_a_budget_keeps_the_default_of_its_stage() -> None:
+    from tasks import dpo
+    from tasks.params import parse
+
+    published = dpo.Params().budget
+    given = parse({"budget": {"epochs": 2}}, dpo.Params, "params.yaml: dpo").budget
+    assert (given.epochs, given.learning_rate, given.batch_size) == (2, 5e-7, 64)
+    assert published.epochs == 1 and published.learning_rate == given.learning_rate

@@ -116,6 +116,14 @@ def test_a_template_that_ends_turns_with_another_token_is_refused(
         Encoder(tiny_processor, picture).encode(CONVERSATIONS["no image"])
 
 
+def test_a_processor_that_leaves_no_room_for_an_image_is_refused(
+    tiny_processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(tiny_processor), "__call__", lambda *_, **__: {"input_ids": [[1, 2]]})
+    with pytest.raises(ImageTokenError, match="without having seen it"):
+        Encoder(tiny_processor, picture).prepare(["a"])
+
+
 def test_encoding_an_image_nobody_prepared_for_is_refused(tiny_processor: Any) -> None:
     with pytest.raises(ImageTokenError, match="prepare"):
         Encoder(tiny_processor, picture).encode(CONVERSATIONS["open"])
