@@ -23,6 +23,7 @@ EXEMPT = {
     "tasks/meter.py": "shows progress",
     "models/engines/canary.py": "tries a server out before the stage; no output depends on it",
     "models/engines/http.py": "carries requests to a server as they are",
+    "models/engines/process.py": "starts and stops a process",
     "models/engines/server.py": "starts and stops a server",
 }
 DATA_FOLDERS = ("models/prompts",)  # packages whose other files are read at run time: the folder is the dep
