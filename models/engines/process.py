@@ -44,7 +44,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 WATCHER = (
     "import sys; sys.path[:] = sys.argv[1].split(':'); from models.engines.process import _watch; _watch()"
 )
-"""Run with our sys.path (as multiprocessing does) and without PYTHON* variables, which are for the process."""
+"""Run with our sys.path (as multiprocessing does) and without PYTHON* variables: those are for the process"""
 REMEDIES = {
     r"cannot import name '\w+' from '?vllm|No module named '?vllm\.": (
         "this vLLM is not the version that this was written for: install 0.32, or let it serve "

@@ -1,0 +1,269 @@
+"""vLLM's offline engine as an engine of ours, in a process and an environment of its own.
+
+    settings = WorkerSettings(Path(".work/vllm.log"), worker_command("/opt/vllm/bin/python"))
+    with VLLMEngine("artifacts/foundation/generator", "data", 256, settings) as engine:
+        reply = await engine.ask(Request("q1/0", prompt, Sampling()))
+
+The same engine as behind vLLM's server, without HTTP: an image is sent once, and named from then on. Its
+process is models/engines/vllm_worker.py: started on entering the block, and again when it dies (what it had
+not answered is then asked again), and left running by `close`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+from models.engines.base import Completion, EngineError, Failure, Reply, Request
+from models.engines.openai import UNSENDABLE
+from models.engines.pictures import Pictures
+from models.engines.process import OwnProcess, Report, say
+from models.engines.vllm_channel import Asked, Channel, settle, shown
+from models.images import ImageSource
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+ENGINE_ERROR = "engine error"
+"""The worker's word for what another attempt may cure."""
+WORKER_DIED = "worker died"
+
+
+def worker_command(python: str = sys.executable) -> tuple[str, ...]:
+    """The command that starts the worker with the interpreter of the environment that has vLLM."""
+    return (python, str(WORKER))
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What to start, and how long to wait.
+
+    log: the worker's output is appended to it. command: followed by --model and `arguments`, which are those
+    of vLLM's engine. environment: added to ours. silence_s: with requests under way and no reply for so long
+    it is taken to hang, and started again. attempts: at one request. seeded: send a seed where temperature >
+    0. image_bytes: of encoded images that the worker keeps. grace_s: from SIGTERM to SIGKILL.
+    """
+
+    log: Path
+    command: Sequence[str] = worker_command()
+    arguments: Sequence[str] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+    silence_s: float = 600.0
+    attempts: int = 3
+    seeded: bool = True
+    image_bytes: int = 2**29
+    start_timeout_s: float = 900.0
+    grace_s: float = 10.0
+    report_every_s: float = 5.0
+
+
+class VLLMEngine:
+    """One model in a worker of our own. images: as for OpenAIEngine. capacity: requests that the worker has
+    at once; vLLM decodes up to its --max-num-seqs of them together.
+
+    retries: what was asked again, by kind. independent: as for OpenAIEngine.
+    """
+
+    independent = True
+
+    def __init__(
+        self,
+        model: str,
+        images: ImageSource | str | Path,
+        capacity: int,
+        settings: WorkerSettings,
+        report: Report = say,
+    ) -> None:
+        s = settings
+        self.model, self.capacity, self.settings = model, capacity, s
+        self.retries: Counter[str] = Counter()
+        self._process = OwnProcess(
+            f"vLLM's engine for {model}", s.log, report, s.start_timeout_s, s.grace_s, s.report_every_s
+        )
+        self._pictures = Pictures(images, 0)
+        self._numbers = itertools.count()
+        self._session: _Session | None = None
+        self._lock = threading.Lock()  # over what follows
+        self._waiting: dict[int, Asked] = {}
+        self._channel: Channel | None = None
+        self._keeper: threading.Thread | None = None
+        self._dead: EngineError | None = EngineError("vLLM's engine is not running: start it")
+        self._stopping = False
+
+    def start(self) -> None:
+        """Start the worker and wait until it is ready. Raises EngineError, with nothing left running."""
+        self._stopping = False
+        self._start_worker()
+        self._keeper = threading.Thread(target=self._keep, name="vllm-keeper", daemon=True)
+        self._keeper.start()
+
+    def stop(self) -> None:
+        """End the worker and all its processes. Idempotent."""
+        self._stopping = True
+        self._process.stop()  # the keeper notices
+        if self._keeper is not None:
+            self._keeper.join()
+            self._keeper = None
+        self._give_up(EngineError("vLLM's engine has been stopped"))
+
+    def __enter__(self) -> VLLMEngine:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    async def ask(self, request: Request) -> Reply:
+        """Engine.ask. Raises EngineError if the worker has died too often; every later request then fails
+        likewise."""
+        if request.prompt.turns[-1][1]:
+            raise ValueError("the last turn of a prompt must be open (empty answer)")
+        if self._session is None:
+            self._session = _Session(self.capacity)
+        session, task = self._session, asyncio.current_task()
+        assert task is not None
+        if session.loop is not task.get_loop():
+            raise RuntimeError("close() the engine in one event loop before it is used in another")
+        session.under_way.add(task)
+        try:
+            async with session.room:
+                return await self._attempts(request)
+        except orjson.JSONEncodeError as error:  # half a surrogate pair, a schema that is no JSON
+            return Failure(UNSENDABLE, shown(str(error)))
+        finally:
+            session.under_way.discard(task)
+
+    async def close(self) -> None:
+        """Engine.close: cancels the tasks that wait for a reply. The worker lives on; the engine may be used
+        again, also from another event loop."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.end()
+
+    async def _attempts(self, request: Request) -> Reply:
+        for _ in range(self.settings.attempts - 1):
+            reply = await self._reply(request)
+            if isinstance(reply, Completion) or reply.reason != ENGINE_ERROR:
+                return reply
+            self.retries[ENGINE_ERROR] += 1
+        return await self._reply(request)
+
+    async def _reply(self, request: Request) -> Reply:
+        number = next(self._numbers)
+        asked = Asked(number, request, self.settings.seeded)
+        with self._lock:
+            if self._dead is not None:
+                raise EngineError(str(self._dead))
+            self._waiting[number] = asked
+            if self._channel is not None:
+                self._channel.send(asked)
+        try:
+            return await asked.future
+        finally:
+            with self._lock:
+                if self._waiting.pop(number, None) is not None and self._channel is not None:
+                    self._channel.cancel(number)
+
+    def _keep(self) -> None:
+        """The keeper's whole life: hands out replies; when the worker dies, starts another."""
+        try:
+            while not self._stopping:
+                try:
+                    self._hand_out()
+                except EngineError as error:
+                    self._revive(error)
+        except EngineError as hopeless:
+            self._give_up(hopeless)
+        except Exception as error:
+            self._give_up(EngineError(f"the keeper of vLLM's engine failed: {error!r}"))
+            raise
+
+    def _hand_out(self) -> None:
+        """Replies to those who asked. Raises EngineError when the worker has died or is taken to hang."""
+        assert self._channel is not None
+        heard = time.monotonic()
+        for replies in self._channel.replies():
+            with self._lock:
+                if replies or not self._waiting:
+                    heard = time.monotonic()
+                settled = [(self._waiting.pop(number, None), reply) for number, reply in replies]
+            settle((asked, reply) for asked, reply in settled if asked is not None)
+            if (silent_s := time.monotonic() - heard) > self.settings.silence_s:
+                raise self._process.error(
+                    f"{self._process.name} has said nothing for {silent_s:.0f} s, with "
+                    f"{len(self._waiting)} requests under way"
+                )
+
+    def _revive(self, error: EngineError) -> None:
+        """Another worker, asked what the last one had not answered. Raises EngineError if there is none."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+            self.retries[WORKER_DIED] += len(self._waiting)
+        self._process.stop()
+        if channel is not None:
+            channel.end()
+        if self._stopping:
+            raise error
+        self._process.allow_restart(error)
+        self._start_worker()
+
+    def _start_worker(self) -> None:
+        s = self.settings
+        channel = Channel(self._process, self._pictures, s.image_bytes)
+        try:
+            self._process.start([*s.command, "--model", self.model, *s.arguments], s.environment, piped=True)
+            channel.open()
+            self._process.await_ready(lambda: self._go_on() and channel.is_ready(), "load the model")
+        except BaseException:
+            self._process.stop()
+            channel.end()
+            raise
+        with self._lock:
+            self._channel, self._dead = channel, None
+            for asked in self._waiting.values():
+                channel.send(asked)
+        self._process.report(
+            f"{self.model}: loaded after {self._process.elapsed_s:.0f} s; log: {self.settings.log}"
+        )
+
+    def _go_on(self) -> bool:
+        if self._stopping:
+            raise EngineError("vLLM's engine has been stopped")
+        return True
+
+    def _give_up(self, error: EngineError) -> None:
+        """Whoever waits is told, and whoever asks from here on."""
+        with self._lock:
+            channel, self._channel = self._channel, None
+            waiting, self._waiting = self._waiting, {}
+            self._dead = error
+        if channel is not None:
+            channel.end()
+        settle((asked, error) for asked in waiting.values())
+
+
+class _Session:
+    """What belongs to one event loop."""
+
+    def __init__(self, capacity: int) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.room = asyncio.Semaphore(capacity)
+        self.under_way: set[asyncio.Task[Any]] = set()
+
+    async def end(self) -> None:
+        """Returns when no request is under way."""
+        for task in self.under_way:
+            task.cancel()
+        while self.under_way:
+            await asyncio.sleep(0)
