@@ -213,8 +213,7 @@ class VLLMEngine:
         self._process.stop()
         if channel is not None:
             channel.end()
-        if self._stopping:
-            raise error
+        self._go_on()
         self._process.allow_restart(error)
         self._start_worker()
 
@@ -238,6 +237,7 @@ class VLLMEngine:
         )
 
     def _go_on(self) -> bool:
+        """True, or EngineError if we have been told to stop."""
         if self._stopping:
             raise EngineError("vLLM's engine has been stopped")
         return True
