@@ -3,11 +3,11 @@
     with open_engine("generator", "artifacts/foundation/generator", questions, stage) as engine:
         ...
 
-A 72B generator may sit on a server while the policy decodes in this process:
+A 72B generator may sit on a server while the policy has vLLM to itself (docs/engines.md):
 
     engines:
       generator: {kind: openai, url: "http://gpu-1:8000/v1", model: Qwen/Qwen2.5-VL-72B-Instruct}
-      reasoner: {kind: openai, launch: true, arguments: [--max-model-len, "16384"]}
+      reasoner: {kind: vllm, python: /opt/vllm/bin/python, arguments: [--max-model-len, "16384"]}
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.engines.openai import ClientSettings, OpenAIEngine
+from models.engines.vllm import VLLMEngine, WorkerSettings, worker_command
 from models.engines.watched import Prices
 from tasks import params
 from tasks.stage import WORK, StageRun
@@ -44,16 +45,19 @@ WITHOUT_IMAGES = ("answer_judge",)
 @dataclass(frozen=True)
 class EngineParams:
     """kind: local (transformers in the stage's process), openai (a server that speaks OpenAI's chat
-    completions) or fake (a dry run: every chain is one step).
+    completions), vllm (vLLM's offline engine in a process of its own) or fake (a dry run: every chain is one
+    step).
 
-    capacity: rows decoded together, or calls in flight. model: what the server calls the model; None: the
-    checkpoint of the role. launch: start vLLM for as long as the stage lasts, with the interpreter `python`
-    (None: this one), `arguments` and `environment`; else the server at `url` is used. api_key_env: variable
-    that holds the key. timeout_s: of one call. patience_s: how long a server may be away. seeded: send seeds.
-    error_budget: share of the requests that may be given up on. prices: of a million tokens, for an estimate.
+    capacity: rows decoded together, or calls in flight. model: what the server calls the model, or what vLLM
+    loads; None: the checkpoint of the role. launch: start vLLM's server for as long as the stage lasts; else
+    the one at `url` is used. python, arguments, environment: of what is started (python: None is this
+    interpreter; variables in it and in the environment are filled in). api_key_env: variable that holds the
+    key. timeout_s: of one call; with vllm, of silence with requests under way. patience_s: how long a server
+    may be away. seeded: send seeds. error_budget: share of the requests that may be given up on. prices: of a
+    million tokens, for an estimate.
     """
 
-    kind: Literal["local", "openai", "fake"] = "local"
+    kind: Literal["local", "openai", "vllm", "fake"] = "local"
     capacity: int = 256
     model: str | None = None
     launch: bool = False
@@ -75,8 +79,20 @@ class EngineParams:
             raise ValueError(f"error_budget: expected a share from 0 to 1, found {self.error_budget}")
         if self.kind == "openai" and self.launch == (self.url is not None):
             raise ValueError("an openai engine needs either `launch: true` or the `url` of a server")
-        if self.kind != "openai" and (self.launch or self.url is not None or self.model is not None):
-            raise ValueError(f"launch, url and model are for `kind: openai`, not for {self.kind}")
+        if self.kind != "openai" and (self.launch or self.url is not None):
+            raise ValueError(f"launch and url are for `kind: openai`, not for {self.kind}")
+        if self.kind not in ("openai", "vllm") and self.model is not None:
+            raise ValueError(f"model is for `kind: openai` and `kind: vllm`, not for {self.kind}")
+
+    @property
+    def interpreter(self) -> str:
+        """What runs vLLM."""
+        return os.path.expandvars(self.python) if self.python else sys.executable
+
+    @property
+    def filled_environment(self) -> dict[str, str]:
+        """What is added to ours."""
+        return {name: os.path.expandvars(value) for name, value in self.environment.items()}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -118,7 +134,7 @@ def open_engine(
 ) -> Iterator[Engine]:
     """The engine of a role. checkpoint: the role's model, unless the parameter names another.
 
-    A server is tried with the first of the questions before anything else is asked of it. Where replies are
+    vLLM and servers are tried with the first of the questions before anything else. Where replies are
     independent of each other they are kept in the stage's scratch folder: what was answered before a kill is
     not asked again. In the end a line says how fast it was.
     Raises EngineError that says what is wrong and what to do.
@@ -152,7 +168,7 @@ def _engine(
 
         yield FakeEngine(batch_size=e.capacity)
     else:
-        with _served(role, e, model, images) as engine:
+        with _vllm(role, e, model, images) if e.kind == "vllm" else _served(role, e, model, images) as engine:
             if questions:
                 _try_out(role, engine, questions)
             yield engine
@@ -160,7 +176,7 @@ def _engine(
 
 def _report(role: Role, e: EngineParams, engine: Engine, done: Throughput, stage: StageRun) -> None:
     """The throughput on stderr and in MLflow; not in the output, which is to be the same every time."""
-    retries = engine.counters.retries if isinstance(engine, OpenAIEngine) else {}
+    retries = _retries(engine)
     line, numbers = done.line(e.capacity, retries), done.numbers(e.capacity)
     numbers["retries"] = sum(retries.values())
     if e.prices is not None:
@@ -168,6 +184,13 @@ def _report(role: Role, e: EngineParams, engine: Engine, done: Throughput, stage
         line += f", cost about {numbers['cost']:,.2f}"
     print(f"{role}: {line}", file=sys.stderr)
     stage.log_metrics({f"engine/{role}/{name}": value for name, value in numbers.items()})
+
+
+def _retries(engine: Engine) -> Mapping[str, int]:
+    """What was asked again, by kind."""
+    if isinstance(engine, VLLMEngine):
+        return engine.retries
+    return engine.counters.retries if isinstance(engine, OpenAIEngine) else {}
 
 
 @contextmanager
@@ -184,15 +207,29 @@ def _served(role: Role, e: EngineParams, model: str, images: ImageSource | Path)
     settings = ServerSettings(
         model,
         log=WORK / "logs" / f"server-{role}.log",
-        command=vllm_command(e.python or sys.executable),
+        command=vllm_command(e.interpreter),
         arguments=e.arguments,
-        environment={name: os.path.expandvars(value) for name, value in e.environment.items()},
+        environment=e.filled_environment,
     )
     with Server(settings) as server:
         yield OpenAIEngine(server.url, model, images, e.capacity, client, server.revive)
 
 
-def _try_out(role: Role, engine: OpenAIEngine, questions: Sequence[Question]) -> None:
+@contextmanager
+def _vllm(role: Role, e: EngineParams, model: str, images: ImageSource | Path) -> Iterator[VLLMEngine]:
+    settings = WorkerSettings(
+        log=WORK / "logs" / f"vllm-{role}.log",
+        command=worker_command(e.interpreter),
+        arguments=e.arguments,
+        environment=e.filled_environment,
+        silence_s=e.timeout_s,
+        seeded=e.seeded,
+    )
+    with VLLMEngine(model, images, e.capacity, settings) as engine:
+        yield engine
+
+
+def _try_out(role: Role, engine: Engine, questions: Sequence[Question]) -> None:
     """The canary, with a question of the stage; what it doubts is said."""
     from models.engines.canary import check
     from models.vlm import Conversation

@@ -123,7 +123,9 @@ def test_a_line_says_how_fast_the_engine_was(workspace: Path, server: MockServer
     [
         ({"kind": "openai"}, "either `launch: true` or the `url`"),
         ({"kind": "openai", "launch": True, "url": "http://a/v1"}, "either `launch: true` or the `url`"),
-        ({"kind": "local", "url": "http://a/v1"}, "launch, url and model are for `kind: openai`"),
+        ({"kind": "local", "url": "http://a/v1"}, "launch and url are for `kind: openai`, not for local"),
+        ({"kind": "vllm", "launch": True}, "launch and url are for `kind: openai`, not for vllm"),
+        ({"kind": "fake", "model": "m"}, "model is for `kind: openai` and `kind: vllm`, not for fake"),
         ({"kind": "vllm-server"}, "expected one of"),
         ({"capacity": 0}, "capacity: expected 1 or more"),
         ({"error_budget": 5}, "error_budget: expected"),
