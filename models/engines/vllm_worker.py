@@ -183,14 +183,15 @@ def completion(output: Any) -> dict[str, Any]:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """What we say of a request that vLLM refused (which it may wrap in another error) or lost."""
+    """What we say of a request that vLLM refused, or lost; errors of the one kind may wrap the other."""
     from vllm.exceptions import VLLMClientError
 
-    cause = error.__cause__ or error
-    refused = isinstance(error, Refused) or isinstance(cause, (ValueError, VLLMClientError))
-    if not refused:
-        traceback.print_exception(error)
-    return {"failed": BAD_REQUEST if refused else ENGINE_ERROR, "detail": f"{type(cause).__name__}: {cause}"}
+    never_sent, cause = isinstance(error, Refused), error.__cause__
+    for each in (cause,) if never_sent else (error, cause):
+        if never_sent or isinstance(each, (ValueError, VLLMClientError)):
+            return {"failed": BAD_REQUEST, "detail": f"{type(each).__name__}: {each}"}
+    traceback.print_exception(error)
+    return {"failed": ENGINE_ERROR, "detail": f"{type(cause or error).__name__}: {cause or error}"}
 
 
 class Images:

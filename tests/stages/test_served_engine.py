@@ -1,4 +1,5 @@
-"""A stage whose engine is a server: killed and run again, refused, and told apart from its parameters."""
+"""A stage whose engine is a server, or vLLM in a process of its own: killed and run again, refused, and told
+apart from its parameters."""
 
 from __future__ import annotations
 
@@ -32,18 +33,22 @@ def server() -> Iterator[MockServer]:
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: MockServer) -> Path:
-    engine = {"kind": "openai", "url": server.url, "capacity": 4}
+    set_up(tmp_path, monkeypatch, {"kind": "openai", "url": server.url, "capacity": 4})
+    return tmp_path
+
+
+def set_up(folder: Path, monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any]) -> None:
+    """A workspace with this generator."""
     chain = {"min_steps": 2, "max_steps": 3, "attempts": 1}
     overrides = {
         "engines": {"generator": engine},
         "generate": {"questions": 12, "samples": 2, "chunk": 4, "chain": chain},
     }
-    make_workspace(tmp_path, overrides=overrides)
-    stand_in(tmp_path, GENERATOR)
-    monkeypatch.chdir(tmp_path)
+    make_workspace(folder, overrides=overrides)
+    stand_in(folder, GENERATOR)
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("LONGVIEW_TRACKING", "off")
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    return tmp_path
 
 
 def generate() -> subprocess.CompletedProcess[str]:
@@ -116,6 +121,74 @@ def test_a_line_says_how_fast_the_engine_was(workspace: Path, server: MockServer
         r"\d+% of prompt tokens cached, engine \d+% full, 2 \(HTTP 503 2\) retries, 0 failures",
         line,
     ), line
+
+
+VLLM = """#!{python}
+# In place of the interpreter that has vLLM (the first argument is our worker), without a model.
+import os, sys, threading, time
+import orjson
+from benchmarks.mock_server import smallest, user_text
+
+def answer(line):
+    time.sleep(float(os.environ["DELAY_S"]))
+    schema, asked = line["schema"], line["messages"][-1]
+    text = orjson.dumps(smallest(schema)).decode() if schema else user_text(asked)
+    reply = {{"id": line["id"], "text": text, "finished": True, "tokens": 9, "cached_tokens": 32}}
+    os.write(1, orjson.dumps(reply | {{"prompt_tokens": 40 + 64 * len(line["images"])}}) + b"\\n")
+
+print("arguments", *sys.argv[2:], file=sys.stderr, flush=True)
+calls = open("calls", "a", buffering=1)
+os.write(1, b'{{"ready":"0.0"}}\\n')
+for line in map(orjson.loads, sys.stdin.buffer):
+    if "id" in line:
+        print(line["id"], file=calls)
+        threading.Thread(target=answer, args=[line], daemon=True).start()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace whose generator is vLLM in a process of its own."""
+    python = tmp_path / "python"
+    python.write_text(VLLM.format(python=sys.executable))
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON_WITH_VLLM", str(python))
+    monkeypatch.setenv("DELAY_S", "0.0")
+    options = {"arguments": ["--max-model-len", "512"], "environment": {"DELAY_S": "$DELAY_S"}}
+    set_up(tmp_path, monkeypatch, {"kind": "vllm", "python": "$PYTHON_WITH_VLLM", "capacity": 4, **options})
+    return tmp_path
+
+
+def asked() -> int:
+    """How often vLLM was, so far."""
+    return len(Path("calls").read_text().split()) if Path("calls").exists() else 0
+
+
+def test_vllm_in_a_process_of_its_own_is_a_parameter_away(own: Path) -> None:
+    ended = generate()
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert re.search(r"generator: 96 requests in .*% of prompt tokens cached.* 0 failures", ended.stderr)
+    log = (own / ".work/logs/vllm-generator.log").read_text()
+    assert re.match(rf"arguments --model \S*{GENERATOR} --max-model-len 512\n", log)
+
+
+def test_killed_with_vllm_it_asks_only_what_is_missing(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert generate().returncode == 0
+    whole, everything = contents(OUT), asked()
+    monkeypatch.setenv("DELAY_S", "0.1")
+    process = subprocess.Popen(STAGE, stderr=subprocess.DEVNULL)
+    while asked() < everything + everything // 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (OUT / "manifest.json").exists()
+    sent = asked() - everything
+    monkeypatch.setenv("DELAY_S", "0.0")
+    assert generate().returncode == 0
+    assert contents(OUT) == whole
+    canary, under_way = 8, 4 + 2 * 4
+    assert asked() - everything - sent <= everything - sent + canary + under_way
 
 
 @pytest.mark.parametrize(

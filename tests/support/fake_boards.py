@@ -110,7 +110,7 @@ def make_workspace(folder: Path, questions: int = 24, overrides: Mapping[str, An
 
 def _override(tree: Any, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key in tree:
             _override(tree[key], value)
         else:
             tree[key] = value
