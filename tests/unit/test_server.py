@@ -18,6 +18,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,29 @@ def test_an_error_of_the_block_gives_way_to_the_death_that_caused_it(settings: S
     assert isinstance(error.value.__context__, ConnectionError)
     with pytest.raises(ConnectionError), launched(settings(), print):
         raise ConnectionError("its own")
+
+
+SHARED = """
+import os, signal, time
+from multiprocessing.shared_memory import SharedMemory
+
+memory = SharedMemory(create=True, size=64)
+print("shared", memory.name, flush=True)
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_shared_memory_of_a_killed_server_is_removed(settings: Settings, mark: str) -> None:
+    s = settings(command=(sys.executable, "-c", SHARED))
+    with pytest.raises(EngineError, match="was killed"):
+        Server(s, print).start()
+    name = s.log.read_text().split("shared ")[1].split()[0]
+    assert marked(mark) == []
+    with pytest.raises(FileNotFoundError):
+        SharedMemory(name)
 
 
 def test_a_killed_watcher_takes_the_server_with_it(settings: Settings, mark: str) -> None:
