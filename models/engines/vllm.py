@@ -92,12 +92,12 @@ class VLLMEngine:
         self._pictures = Pictures(images, 0)
         self._numbers = itertools.count()
         self._session: _Session | None = None
-        self._lock = threading.Lock()  # over what follows
+        self._keeper: threading.Thread | None = None
+        self._stopping = False
+        self._lock = threading.Lock()  # over what follows, which the keeper and the event loop share
         self._waiting: dict[int, Asked] = {}
         self._channel: Channel | None = None
-        self._keeper: threading.Thread | None = None
         self._dead: EngineError | None = EngineError("vLLM's engine is not running: start it")
-        self._stopping = False
 
     def start(self) -> None:
         """Start the worker and wait until it is ready. Raises EngineError, with nothing left running."""
