@@ -5,9 +5,9 @@
     python -m benchmarks.chains_memory --one 10000              # in this process; prints JSON
 
 Each size runs in a process of its own: the stage `generate` without what surrounds a stage, chains of two
-steps and an answer from the engine without a model, the journal and the output on disk. The questions are made
-as they are asked for, in an order that jumps about as a stage's does; a stage holds those it has read. Memory
-is the most that was resident at a time (VmHWM), time the median of runs.
+steps and an answer from the engine without a model, the journal and the output on disk. The questions are
+made as they are asked for, in an order that jumps about as a stage's does; a stage holds those it has read.
+Memory is the most that was resident at a time (VmHWM), time the median of runs.
 """
 
 from __future__ import annotations
