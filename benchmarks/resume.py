@@ -4,9 +4,9 @@
     python -m benchmarks.resume --questions 40 --kills 3      # a quick one
 
 The real stage, `python -m tasks.generate`, samples chains from a server without a model that answers after 5
-to 35 ms, first undisturbed, then killed (SIGKILL) at moments drawn at random from its whole course, start-up
-included, and started again each time. The server knows every call by what is in it, so it sees which are
-asked again, and whether their answer had been sent before the kill:
+to 35 ms, first undisturbed, then killed (SIGKILL) at random moments of its whole course, every fifth time
+during its start-up, and started again each time. The server knows every call by what is in it, so it sees
+which are asked again, and whether their answer had been sent before the kill:
 
 - in flight: the answer had not been sent. No journal can save these.
 - answered: it had been sent, but was not durable yet. These the journal has lost; it promises to lose none
@@ -50,6 +50,8 @@ CAPACITY, SAMPLES, MIN_STEPS, MAX_STEPS = 4, 4, 2, 6
 REDONE, DURABLE_MS = 1.0, 50.0
 """Targets: % of all steps, and the age of the oldest answer lost."""
 JITTER_S = 0.05
+START_UP = 5
+"""Every so many kills, one falls into the start-up."""
 IMAGES = 8
 
 
@@ -216,9 +218,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def moments(kills: int, steps: int, seed: int) -> list[float]:
-    """How many steps have been answered at each kill: drawn evenly from the whole course."""
+    """How many steps have been answered at each kill: a random one in each of so many equal parts of the
+    course; 0, which is during the start-up, for every fifth."""
     draw = random.Random(seed)
-    return sorted(draw.uniform(0, steps) for _ in range(kills))
+    drawn = [steps * (part + draw.random()) / kills for part in range(kills)]
+    return [0.0 if number % START_UP == 0 else moment for number, moment in enumerate(drawn, start=1)]
 
 
 def kill_at(moment: float, folder: Path, calls: Calls, start_up_s: float, draw: random.Random) -> None:
