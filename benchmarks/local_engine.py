@@ -4,12 +4,12 @@
     python -m benchmarks.local_engine --from-artifacts . --questions 16 --repeats 1      # a quick one
 
 The generator and the questions come from a checkout in which `make demo` has got as far as `generate`, the
-settings of the chains from the embedded profile: several steps of varying length, each a prompt that goes on
-from the one before. Both engines are driven by the same code, with the same tokens, the shortest of the
-waiting prompts first and at most as many in a batch as that stage has. Plain means transformers' own
-generate: batches padded on the left, its KV cache on, all of a prompt computed at every step, rows that have
-ended carried along to the end of their batch. For either, an image file is decoded and scaled once. Runs take
-turns; each begins with an empty engine.
+settings of the chains from the embedded profile: two for each question, of several steps of varying length,
+each a prompt that goes on from the one before. Both engines are driven by the same code, with the same tokens,
+the shortest of the waiting prompts first and at most as many in a batch as that stage has. Plain means
+transformers' own generate: batches padded on the left, its KV cache on, all of a prompt computed at every
+step, rows that have ended carried along to the end of their batch. For either, an image file is decoded and
+scaled once. Runs take turns; each begins with an empty engine.
 """
 
 from __future__ import annotations
@@ -125,9 +125,10 @@ class PlainEngine:
 
 @dataclass(frozen=True)
 class Work:
-    """What a checkout samples in `generate`. rows: most in a batch."""
+    """What a checkout samples in `generate`. samples: chains a question; rows: most in a batch."""
 
     questions: Sequence[Question]
+    samples: int
     settings: Settings
     checkpoint: Path
     images: Path
@@ -147,12 +148,13 @@ def read_work(folder: Path, questions: int) -> Work:
     with chdir(folder):
         asked = roles.training_questions("generate", questions)
     settings = replace(p.chain, temperature=0.0, repetition_penalty=1.0)
-    return Work(asked, settings, checkpoint, folder / "data", min(capacity, p.chunk * p.samples))
+    rows = min(capacity, p.chunk * p.samples)
+    return Work(asked, p.samples, settings, checkpoint, folder / "data", rows)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of an engine. chains: one a question, in order; steps: in all, their answers included."""
+    """One run of an engine. chains: in order; steps: in all, their answers included."""
 
     seconds: float
     chains: Sequence[Any]
@@ -163,14 +165,14 @@ class Run:
 
 
 def run(engine: Engine, work: Work) -> Run:
-    """One chain a question."""
+    """All chains of all questions."""
     from models.reasoning import progressive_chain
     from tasks.sampling import run_all
 
     began = time.perf_counter()
     chains = run_all(
-        lambda question: progressive_chain(engine, question, 0, work.settings, 0),
-        work.questions,
+        lambda asked: progressive_chain(engine, *asked, work.settings, 0),
+        [(question, sample) for question in work.questions for sample in range(work.samples)],
         [engine],
         "chains",
     )
@@ -222,7 +224,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--from-artifacts", type=Path, required=True, metavar="DIR", help="a checkout")
-    parser.add_argument("--questions", type=int, default=512)
+    parser.add_argument("--questions", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     return parser.parse_args(words)

@@ -217,7 +217,7 @@ def test_a_few_chains_are_measured_in_a_process_of_their_own() -> None:
 def test_plain_generate_and_the_local_engine_do_the_same_work(tiny_model: Any, tiny_processor: Any) -> None:
     model = lively(tiny_model(3))
     questions = [Question(f"q{n}", [f"picture {n}"], "Sum?" + " more" * n, "7") for n in range(5)]
-    work = local_engine.Work(questions, Settings("short", 1, 2, 12, 1, 0.0, 1.0, 1.0), Path(), Path(), 4)
+    work = local_engine.Work(questions, 2, Settings("short", 1, 2, 12, 1, 0.0, 1.0, 1.0), Path(), Path(), 4)
     runs = [
         local_engine.run(engine(model, tiny_processor, picture, 4), work)
         for engine in (local_engine.PlainEngine, LocalEngine)
