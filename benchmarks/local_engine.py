@@ -5,8 +5,8 @@
 
 The generator and the questions come from a checkout in which `make demo` has got as far as `generate`, the
 settings of the chains from the embedded profile: two for each question, of several steps of varying length,
-each a prompt that goes on from the one before. Both engines are driven by the same code, with the same tokens,
-the shortest of the waiting prompts first and at most as many in a batch as that stage has. Plain means
+each a prompt that goes on from the one before. Both engines are driven by the same code, with the same
+tokens, the shortest of the waiting prompts first, at most as many in a batch as that stage has. Plain means
 transformers' own generate: batches padded on the left, its KV cache on, all of a prompt computed at every
 step, rows that have ended carried along to the end of their batch. For either, an image file is decoded and
 scaled once. Runs take turns; each begins with an empty engine.
