@@ -12,8 +12,8 @@ do: status | drop (close at once) | cut (close in the middle of the answer) | ga
 hang | raw (`body` is the whole answer; keep: leave the connection open) | reply (`body` as text).
 delay_s: for these calls. times: how often, always if left out. when: text that the request's body must hold.
 share: of the calls that fit.
-`GET /stats`, `GET /requests` (the last ones), `GET /health`. One process, one thread, HTTP/1.1 with
-Content-Length only: 0.1 ms a call, so that it is not what a benchmark of clients measures.
+`GET /stats`, `GET /requests` (the last ones), `GET /health`, `GET /v1/models`. One process, one thread,
+HTTP/1.1 with Content-Length only: 0.1 ms a call, so that it is not what a benchmark of clients measures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,13 @@ from benchmarks.results import ROOT
 KEPT_REQUESTS = 32
 IMAGE_TOKENS = 64
 BACKLOG = 4096
-REASONS = {200: "OK", 404: "Not Found", 429: "Too Many Requests", 503: "Service Unavailable"}
+REASONS = {
+    200: "OK",
+    400: "Bad Request",
+    404: "Not Found",
+    429: "Too Many Requests",
+    503: "Service Unavailable",
+}
 
 
 class Service:
@@ -75,6 +81,7 @@ class Connection(asyncio.Protocol):
         self.service = service
         self.buffer = bytearray()
         self.open_calls = 0
+        self.last = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport: Any = transport
@@ -97,6 +104,7 @@ class Connection(asyncio.Protocol):
             body = bytes(self.buffer[end + 4 : length])
             del self.buffer[:length]
             method, path, _ = head[0].split(" ", 2)
+            self.last = headers.get("connection", "").lower() == "close"
             if path.endswith("/chat/completions") and method == "POST":
                 self._call(headers.get("authorization", ""), body)
             else:
@@ -111,6 +119,8 @@ class Connection(asyncio.Protocol):
         elif path == "/requests":
             seen = [{"authorization": key, "body": json.loads(body)} for key, body in self.service.requests]
             self._send(200, orjson.dumps(seen))
+        elif path == "/v1/models":
+            self._send(200, b'{"object":"list","data":[{"id":"mock","object":"model"}]}')
         else:
             self._send(200 if path == "/health" else 404, b"{}")
 
@@ -143,8 +153,10 @@ class Connection(asyncio.Protocol):
             self._send(rule["status"], text.encode(), extra)
         elif do == "garbage":
             self._send(200, rule.get("body", "<html>").encode())
+        elif not (request := orjson.loads(body))["messages"]:
+            self._send(400, b'{"error":{"message":"messages: at least one"}}')
         else:
-            self._send(200, completion(orjson.loads(body), rule.get("body")), cut=do == "cut")
+            self._send(200, completion(request, rule.get("body")), cut=do == "cut")
 
     def _ended(self, calls: int) -> None:
         self.open_calls -= calls
@@ -156,7 +168,7 @@ class Connection(asyncio.Protocol):
             f"{extra}Content-Length: {len(body)}\r\n\r\n"
         )
         self.transport.write(head.encode() + (body[: len(body) // 2] if cut else body))
-        if cut:
+        if cut or self.last:
             self.transport.close()
 
 

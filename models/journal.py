@@ -37,7 +37,8 @@ PACE_S = 0.020
 """Least time from the start of one group commit to the next: what a step may wait for others."""
 MOST_WAITING = 4 << 20
 """Bytes of steps not yet written above which `put` waits for the disk."""
-CACHE_KIB = 16 << 10
+CACHE_KIB = 4 << 10
+"""Of pages, the writer's and the reader's each; what the system holds of the file is as near."""
 ROWS, MOST_ROWS = 32, 512
 """Rows in one statement: multiples of 32 up to 512."""
 PAGE_BYTES = 8192

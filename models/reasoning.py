@@ -32,6 +32,7 @@ MAX_ANSWER = 2000
 THOUGHTS_OPEN, THOUGHTS_CLOSE = "<thoughts>\n", "\n</thoughts>"
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 """JSON may hold one half of a surrogate pair; no file or tokenizer takes it."""
+_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 class StepError(ValueError):
@@ -61,7 +62,7 @@ def parse_step(text: str) -> Step:
     """A reply as a Step. The text is untrusted: StepError names what is wrong
     (not JSON, missing key, bad action…)."""
     try:
-        value = json.loads(text, parse_constant=_refuse)
+        value = _STRICT.decode(text)
     except (ValueError, RecursionError):
         raise StepError("not JSON") from None
     if not isinstance(value, dict):
@@ -82,13 +83,12 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
+_STRICT = json.JSONDecoder(parse_constant=_refuse)
+
+
 def step_json(step: Step) -> str:
     """A step as the protocol writes it: compact JSON, keys in order."""
-    return json.dumps(
-        {"title": step.title, "content": step.content, "next_action": step.next_action},
-        separators=(",", ":"),
-        ensure_ascii=False,
-    )
+    return _COMPACT.encode({"title": step.title, "content": step.content, "next_action": step.next_action})
 
 
 def thoughts(steps: Iterable[Step]) -> str:

@@ -7,8 +7,10 @@ python -c "from models.records import read_jsonl; print(next(read_jsonl('data/re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +72,51 @@ class FailedPath:
 
 
 def to_json(record: Any) -> dict[str, Any]:
-    """A record as a plain dict."""
-    return dict(record) if isinstance(record, Mapping) else asdict(record)
+    """A record as a plain dict: as dataclasses.asdict gives it, which takes its time over every string."""
+    return dict(record) if isinstance(record, Mapping) else _plain(record)
+
+
+def _plain(value: Any) -> Any:
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list:
+        return [_plain(part) for part in value]
+    if is_dataclass(value):
+        return {name: _plain(part) for name, part in vars(value).items()}
+    return deepcopy(value)
+
+
+_ATOMS = frozenset({str, int, float, bool, type(None)})
 
 
 def write_jsonl(path: str | Path, records: Iterable[Any]) -> int:
     """Write records, one a line, and return how many. The file appears whole or not at all."""
+    count = 0
+    with jsonl_writer(path) as write:
+        for record in records:
+            write(record)
+            count += 1
+    return count
+
+
+@contextmanager
+def jsonl_writer(path: str | Path) -> Iterator[Callable[[Any], None]]:
+    """write(record) adds a line; the file appears whole when the block has ended, or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    count = 0
-    with temporary.open("w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(to_json(record), ensure_ascii=False) + "\n")
-            count += 1
-    temporary.replace(path)
-    return count
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+
+            def write(record: Any) -> None:
+                file.write(encode(to_json(record)) + "\n")
+
+            yield write
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:

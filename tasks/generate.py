@@ -8,7 +8,6 @@ killed, the next run asks only for what is missing and ends with the same bytes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.reasoning import Settings
 from tasks import engines, params, roles
+from tasks.outcomes import Outcomes
 from tasks.sampling import sample_chains
 from tasks.stage import StageError, StageRun, open_stage, settings
 
@@ -40,38 +40,32 @@ def run(
     """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError
     when not one chain was finished."""
     from models.reasoning import progressive_chain
-    from models.records import write_jsonl
 
-    rows = sample_chains(
-        engine,
-        questions,
-        p.samples,
-        lambda engine, question, sample: progressive_chain(engine, question, sample, p.chain, seed),
-        [p.chain.__dict__, seed],
-        p.chunk,
-        stage.scratch,
-    )
-    paths = [row for row in rows if "reason" not in row]
-    failures = [row for row in rows if "reason" in row]
-    if not paths:
-        raise StageError(
-            f"none of {len(rows)} chains was finished: {_reasons(failures)}. Look at one in the journal."
+    with Outcomes(stage.out) as outcomes:
+        sample_chains(
+            engine,
+            questions,
+            p.samples,
+            lambda engine, question, sample: progressive_chain(engine, question, sample, p.chain, seed),
+            [p.chain.__dict__, seed],
+            p.chunk,
+            stage.scratch,
+            take=outcomes.add,
         )
-    write_jsonl(stage.out / "paths.jsonl", paths)
-    write_jsonl(stage.out / "failures.jsonl", failures)
-    steps = [len(row["steps"]) for row in paths]
+        if not outcomes.paths:
+            raise StageError(
+                f"none of {outcomes.chains} chains was finished: {outcomes.reasons}. "
+                "Look at one in the journal."
+            )
+    steps = outcomes.steps
     return {
         "questions": len(questions),
-        "paths": len(paths),
-        "failed": len(failures),
-        "failures": _reasons(failures),
-        "steps_mean": sum(steps) / len(steps),
-        "steps": dict(sorted(Counter(map(str, steps)).items())),
+        "paths": outcomes.paths,
+        "failed": outcomes.failures.total(),
+        "failures": outcomes.reasons,
+        "steps_mean": sum(number * count for number, count in steps.items()) / outcomes.paths,
+        "steps": dict(sorted((str(number), count) for number, count in steps.items())),
     }
-
-
-def _reasons(failures: Sequence[Any]) -> dict[str, int]:
-    return dict(sorted(Counter(row["reason"] for row in failures).items()))
 
 
 def main() -> None:

@@ -7,12 +7,12 @@ Each round asks questions of the pool `rounds` that the rounds before did not, a
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from tasks import engines, params, roles, rounds
-from tasks.sampling import sample_reasoner
+from tasks.outcomes import Outcomes
+from tasks.sampling import Row, sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 
@@ -32,23 +32,27 @@ class Params:
 def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
     """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError when no path is usable."""
     from models.engines.base import derived_seed
-    from models.records import write_jsonl
+
+    def take(row: Row) -> None:
+        if "reason" not in row:
+            row["answer"] = row["steps"][-1]["content"]
+        outcomes.add(row)
 
     questions = roles.training_questions("rounds", p.questions, offset=(this.t - 1) * p.questions)
-    with engines.open_engine("reasoner", this.checkpoint, questions, stage) as engine:
-        rows = sample_reasoner(engine, questions, p, derived_seed(seed, this.t), stage.scratch)
-    paths = [row for row in rows if "reason" not in row]
-    failures = [row for row in rows if "reason" in row]
-    for path in paths:
-        path["answer"] = path["steps"][-1]["content"]
-    if not paths:
-        raise StageError(
-            f"none of {len(rows)} sampled paths could be read: is {this.checkpoint} a reasoning agent?"
-        )
-    write_jsonl(stage.out / "paths.jsonl", paths)
-    write_jsonl(stage.out / "failures.jsonl", failures)
-    reasons = dict(sorted(Counter(row["reason"] for row in failures).items()))
-    return {"questions": len(questions), "paths": len(paths), "failed": len(failures), "failures": reasons}
+    with Outcomes(stage.out) as outcomes:
+        with engines.open_engine("reasoner", this.checkpoint, questions, stage) as engine:
+            sample_reasoner(engine, questions, p, derived_seed(seed, this.t), stage.scratch, take)
+        if not outcomes.paths:
+            raise StageError(
+                f"none of {outcomes.chains} sampled paths could be read: "
+                f"is {this.checkpoint} a reasoning agent?"
+            )
+    return {
+        "questions": len(questions),
+        "paths": outcomes.paths,
+        "failed": outcomes.failures.total(),
+        "failures": outcomes.reasons,
+    }
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Running much through engines: in order, with progress, and journalled so that a kill loses little.
 
     answers = run_all(lambda q: answer_directly(engine, q, "short"), questions, [engine], "questions")
-    rows = sample_chains(engine, questions, samples, chain, asked, chunk, scratch)
+    sample_chains(engine, questions, samples, chain, asked, chunk, scratch, take=rows.append)
 
 What engines said is kept in the stage's scratch folder. Where replies are independent of each other the
 engine does that itself, reply by reply (tasks.engines); where they are not, whole chunks of questions are.
@@ -10,11 +10,11 @@ engine does that itself, reply by reply (tasks.engines); where they are not, who
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from tasks.meter import meter
+from tasks.meter import Advance, meter
 
 if TYPE_CHECKING:
     from models.engines.base import Engine
@@ -24,6 +24,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Chain = Callable[["Engine", "Question", int], Awaitable["ReasoningPath | FailedPath"]]
 """chain(engine, question, sample)"""
+Row = dict[str, Any]
+"""A ReasoningPath or, with a `reason`, a FailedPath."""
 
 AT_ONCE = 2
 """Items under way, as a multiple of what the engines have room for: the next requests wait in the engine."""
@@ -56,8 +58,15 @@ def run_all(
 ) -> list[Result]:
     """work(item) for all, results in order. what: the items' name in the progress line."""
     at_once = AT_ONCE * max((engine.capacity for engine in engines), default=1)
+    results: list[Result] = []
     with meter(what, len(items)) as advance:
-        return _run(work, items, engines, at_once, lambda done: advance(done, done))
+
+        def take(result: Result) -> None:
+            results.append(result)
+            advance(len(results), len(results))
+
+        _run(work, items, engines, at_once, take)
+    return results
 
 
 def sample_chains(
@@ -68,54 +77,88 @@ def sample_chains(
     asked: Any,
     chunk: int,
     scratch: Path,
-) -> list[dict[str, Any]]:
-    """N chains a question as rows (ReasoningPath or, with a `reason`, FailedPath), in order of question and
-    sample; replayed after a kill.
+    take: Callable[[Row], None],
+) -> None:
+    """N chains a question, given to `take` one after another in order of question and sample; replayed after
+    a kill. Memory is flat in the number of chains.
 
     asked: all that makes the chains what they are, besides the questions; chunk: questions kept together
     where the engine's replies depend on each other.
     """
+    with meter("chains", len(questions) * samples) as advance:
+        chains = _Chains(engine, samples, chain, advance)
+        if engine.independent:
+            chains.sample(questions, AT_ONCE * engine.capacity, take)
+        else:
+            _sample_chunks(chains, questions, asked, chunk, scratch, take)
+
+
+class _Chains:
+    """Samples `samples` chains a question, and shows how many have ended."""
+
+    def __init__(self, engine: Engine, samples: int, chain: Chain, advance: Advance) -> None:
+        self.engine, self.samples, self.chain = engine, samples, chain
+        self._advance, self._ended = advance, 0
+
+    def sample(self, questions: Iterable[Question], at_once: int, take: Callable[[Row], None]) -> None:
+        """At most `at_once` chains under way."""
+        from models.records import to_json
+
+        def ended(outcome: ReasoningPath | FailedPath) -> None:
+            take(to_json(outcome))
+            self.ended(1)
+
+        pairs = ((question, sample) for question in questions for sample in range(self.samples))
+        _run(lambda pair: self.chain(self.engine, *pair), pairs, [self.engine], at_once, ended)
+
+    def ended(self, count: int) -> None:
+        """So many more."""
+        self._ended += count
+        self._advance(self._ended, self._ended)
+
+
+def _sample_chunks(
+    chains: _Chains,
+    questions: Sequence[Question],
+    asked: Any,
+    chunk: int,
+    scratch: Path,
+    take: Callable[[Row], None],
+) -> None:
+    """Whole chunks of questions, each from the journal or sampled and then journalled."""
     from models.journal import Journal, payload_hash
     from models.records import to_json
 
-    rows: list[dict[str, Any]] = []
-
-    def run(part: Sequence[Question], at_once: int) -> list[dict[str, Any]]:
-        pairs = [(question, sample) for question in part for sample in range(samples)]
-        outcomes = _run(
-            lambda pair: chain(engine, *pair),
-            pairs,
-            [engine],
-            at_once,
-            lambda done: advance(len(rows) + done, len(rows) + done),
-        )
-        return [to_json(outcome) for outcome in outcomes]
-
-    with Journal(scratch / "chains.journal") as journal, meter("chains", len(questions) * samples) as advance:
-        if engine.independent:
-            return run(questions, AT_ONCE * engine.capacity)
+    with Journal(scratch / "chains.journal") as journal:
         for start in range(0, len(questions), chunk):
             part = questions[start : start + chunk]
-            name = payload_hash([to_json(question) for question in part], samples, asked)
-            kept = journal.get(name)
-            if kept is None:
-                kept = {"rows": run(part, len(part) * samples)}
-                journal.put(name, kept)
+            name = payload_hash([to_json(question) for question in part], chains.samples, asked)
+            if (kept := journal.get(name)) is not None:
+                rows = kept["rows"]
+                chains.ended(len(rows))
+            else:
+                rows = []
+                chains.sample(part, len(part) * chains.samples, rows.append)
+                journal.put(name, {"rows": rows})
                 journal.flush()
-            rows += kept["rows"]
-            advance(len(rows), len(rows))
-    return rows
+            for row in rows:
+                take(row)
 
 
 def sample_reasoner(
-    engine: Engine, questions: Sequence[Question], p: SamplingParams, seed: int, scratch: Path
-) -> list[dict[str, Any]]:
+    engine: Engine,
+    questions: Sequence[Question],
+    p: SamplingParams,
+    seed: int,
+    scratch: Path,
+    take: Callable[[Row], None],
+) -> None:
     """`sample_chains` of a reasoning agent."""
     from models.agents import sample_reasoning
     from models.engines.base import Sampling
 
     sampling = Sampling(p.temperature, p.top_p, 1.0, p.max_new_tokens, seed)
-    return sample_chains(
+    sample_chains(
         engine,
         questions,
         p.samples,
@@ -123,27 +166,25 @@ def sample_reasoner(
         [p.prompts, sampling.__dict__],
         p.chunk,
         scratch,
+        take,
     )
 
 
 def _run(
     work: Callable[[Item], Awaitable[Result]],
-    items: Sequence[Item],
+    items: Iterable[Item],
     engines: Sequence[Engine],
     at_once: int,
-    done: Callable[[int], None],
-) -> list[Result]:
+    take: Callable[[Result], None],
+) -> None:
     from models.engines.concurrency import in_order
 
-    async def run() -> list[Result]:
-        results: list[Result] = []
+    async def run() -> None:
         try:
             async for result in in_order(work, items, at_once):
-                results.append(result)
-                done(len(results))
+                take(result)
         finally:
             for engine in engines:
                 await engine.close()
-        return results
 
-    return asyncio.run(run())
+    asyncio.run(run())

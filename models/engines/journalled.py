@@ -7,9 +7,10 @@ reply = await kept.ask(request)
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from hashlib import blake2b
 from typing import Any, Protocol
+
+import orjson
 
 from models.engines.base import Completion, Engine, Reply, Request
 
@@ -36,7 +37,7 @@ class JournalledEngine:
             return Completion(**kept)
         reply = await self.engine.ask(request)
         if isinstance(reply, Completion):
-            self.journal.put(key, asdict(reply))
+            self.journal.put(key, dict(vars(reply)))
         return reply
 
     async def close(self) -> None:
@@ -47,6 +48,9 @@ class JournalledEngine:
 def request_key(request: Request) -> str:
     """What is asked for, and a hash of all that may change the reply."""
     prompt = request.prompt
-    payload = [list(prompt.images), list(prompt.turns), asdict(request.sampling), request.schema]
-    digest = blake2b(json.dumps(payload, sort_keys=True).encode(), digest_size=12).hexdigest()
-    return f"{request.key}:{digest}"
+    payload = [list(prompt.images), list(prompt.turns), vars(request.sampling), request.schema]
+    try:
+        text = orjson.dumps(payload, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError:  # half a surrogate pair in a prompt
+        text = json.dumps(payload, sort_keys=True).encode()
+    return f"{request.key}:{blake2b(text, digest_size=12).hexdigest()}"

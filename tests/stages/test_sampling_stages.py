@@ -173,7 +173,8 @@ def test_what_is_journalled_belongs_to_its_settings(workspace: Path) -> None:
 
     def requests(p: Any, seed: int = 0, questions: Any = asked) -> int:
         engine = BoardEngine("data/records.jsonl")
-        rows = sample_reasoner(engine, questions, p, seed, workspace / "scratch")
+        rows: list[Any] = []
+        sample_reasoner(engine, questions, p, seed, workspace / "scratch", take=rows.append)
         assert len(rows) == len(questions) * p.samples
         return engine.requests
 

@@ -1,0 +1,242 @@
+"""Benchmarks of the engines: what they count and judge, and a run of each that takes a moment.
+
+pytest tests/unit/test_engine_benchmarks.py
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import chains_memory, client_overhead, local_engine, resume
+from benchmarks.client_overhead import BARE, CHAINS, OURS, PEERS, Load, PeerError
+from benchmarks.mock_server import MockServer
+from benchmarks.results import Row
+from models.engines.local import LocalEngine
+from models.reasoning import Settings
+from models.records import FailedPath, Question
+from tests.support.tiny_vlm import lively, picture
+
+
+def judged(rows: list[Row]) -> dict[str, bool | None]:
+    """What has a target, by the begin of its name, and whether it holds."""
+    return {row.what.split(",")[0].split(" (")[0]: row.holds for row in rows if row.target}
+
+
+# the mock server, as the peers use it
+
+
+def test_the_server_closes_a_connection_that_is_asked_to_be_closed() -> None:
+    body = json.dumps({"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    with MockServer() as server, socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall((head + body).encode())
+        answer = b"".join(iter(lambda: client.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 200") and b'"hi"' in answer
+
+
+def test_the_server_names_its_model_and_refuses_a_call_without_messages() -> None:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with MockServer() as server:
+        assert json.load(opener.open(f"{server.url}/models"))["data"][0]["id"] == "mock"
+        empty = urllib.request.Request(f"{server.url}/chat/completions", b'{"model":"m","messages":[]}')
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            opener.open(empty, timeout=10)
+
+
+# client_overhead
+
+
+def test_the_floor_is_what_the_calls_in_flight_leave() -> None:
+    assert Load(6400, 160).floor_s == pytest.approx(2.0)
+    assert Load(161, 160).floor_s == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("status", "stdout", "stderr", "message"),
+    [
+        (0, 'noise\n{"wall_s": 2, "cpu_s": 1, "done": 9}\n', "", "answered 9 of 10 calls"),
+        (1, "", "Traceback\nModuleNotFoundError: No module named 'x'\n", "failed: ModuleNotFoundError"),
+        (0, "", "", "failed: nothing was said"),
+    ],
+)
+def test_a_client_that_did_not_do_its_work_is_told_apart(
+    status: int, stdout: str, stderr: str, message: str
+) -> None:
+    with pytest.raises(PeerError, match=message):
+        client_overhead.parse("x", status, stdout, stderr, 10)
+    whole = client_overhead.parse("x", 0, '{"wall_s": 2, "cpu_s": 1, "done": 10}', "a warning", 10)
+    assert whole == client_overhead.Run(2, 1, 10)
+
+
+def test_ours_is_judged_by_its_median_and_a_peer_without_a_figure_says_why() -> None:
+    def runs(*walls: float) -> list[client_overhead.Run]:
+        return [client_overhead.Run(wall, 1.6, 6400) for wall in walls]
+
+    missing = PeerError("distilabel could not be installed: ERROR: no matching distribution")
+    found: dict[Any, Any] = {
+        BARE: runs(2.0),
+        OURS: runs(2.2, 2.4, 2.1),
+        CHAINS: runs(9.0),
+        PEERS[0]: runs(22.0),
+    }
+    rows, table = client_overhead.judge(found | {PEERS[2]: missing}, Load(6400, 160))
+    assert judged(rows) == {"longview: wall time / floor of 2 s": True, "longview: client CPU a call": True}
+    by_name = {row.what: row.value for row in rows}
+    assert by_name["longview: client CPU a call"] == pytest.approx(0.25)
+    assert by_name[f"{PEERS[0].name}: wall time / ours"] == pytest.approx(10)
+    assert by_name[f"distilabel: {missing}"] is None
+    assert len(table.rows) == 5 and table.rows[-1][1] == "–"
+    rows, _ = client_overhead.judge(found | {OURS: runs(2.4)}, Load(6400, 160))
+    assert judged(rows)["longview: wall time / floor of 2 s"] is False
+
+
+def test_a_peers_environment_is_built_when_its_requirements_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(client_overhead, "REQUIREMENTS", {"x": ("a==1", "b==2")})
+    monkeypatch.setattr(client_overhead, "_install", lambda name, command: built.append(command[2]))
+    (tmp_path / "x").mkdir()
+    for _ in range(2):
+        assert client_overhead.interpreter("x", tmp_path) == tmp_path / "x/bin/python"
+    assert built == ["venv", "pip"]
+    monkeypatch.setattr(client_overhead, "REQUIREMENTS", {"x": ("a==2",)})
+    client_overhead.interpreter("x", tmp_path)
+    assert built == ["venv", "pip"] * 2
+
+
+def test_clients_are_run_beside_a_peer_that_cannot_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(name: str) -> Path:
+        raise PeerError(f"{name} could not be installed: no network")
+
+    monkeypatch.setattr(client_overhead, "interpreter", refused)
+    found = client_overhead.measure(PEERS[:1], Load(32, 16), rounds=1)
+    assert [type(runs) for runs in found.values()] == [list, list, list, PeerError]
+    assert all(run.done == 32 for client in (BARE, OURS, CHAINS) for run in found[client])
+
+
+def test_calls_that_make_no_whole_chains_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        client_overhead.arguments(["--calls", "100"])
+    assert "a multiple of 16" in capsys.readouterr().err
+    assert client_overhead.arguments(["--peers"]).peers == []
+
+
+# resume
+
+
+def test_calls_asked_again_are_told_apart_by_whether_their_answer_had_been_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(resume.time, "monotonic", lambda: now)
+    calls = resume.Calls()
+    for at, event in [(1.0, "ask a"), (1.1, "answer a"), (1.2, "ask b"), (1.3, "ask c"), (1.31, "answer c")]:
+        now = at
+        getattr(calls, event.split()[0])(event.split()[1].encode())
+    calls.kills += [1.32, 1.5]
+    for at, event in [(2.0, "ask b"), (2.1, "ask c"), (2.2, "ask d")]:
+        now = at
+        getattr(calls, event.split()[0])(event.split()[1].encode())
+    assert (calls.in_flight, calls.lost, calls.redone, len(calls.asked)) == (1, 1, 2, 4)
+    assert calls.ages_ms == pytest.approx([10.0])  # before the kill that lost it, not the last one
+
+
+def test_moments_of_kills_are_drawn_from_the_whole_course() -> None:
+    drawn = resume.moments(20, 1000, seed=0)
+    assert drawn == resume.moments(20, 1000, seed=0) != resume.moments(20, 1000, seed=1)
+    for number, moment in enumerate(drawn):
+        assert moment == 0 if number % 5 == 4 else 50 * number <= moment < 50 * (number + 1)
+
+
+def test_resume_judges_what_is_redone_and_what_is_lost() -> None:
+    calls = [resume.Calls(asked={bytes([n]) for n in range(200)}) for _ in range(2)]
+    calls[1].in_flight, calls[1].lost, calls[1].ages_ms = 1, 1, [12.0]
+    whole = resume.Run(calls[0], {"paths.jsonl": "1", "metrics.json": "2"}, 40, 9.0, 1.0)
+    killed = replace(whole, calls=calls[1])
+    rows, _ = resume.judge(whole, killed, 2)
+    assert list(judged(rows).values()) == [True] * 4 and rows[0].value == pytest.approx(1.0)
+    for changed, wrong in (
+        (
+            replace(killed, outputs={"paths.jsonl": "3", "metrics.json": "2"}),
+            "files the same as without a kill",
+        ),
+        (replace(killed, chains=39), "steps or chains lost"),
+        (replace(killed, calls=replace(calls[1], ages_ms=[80.0])), "age of the oldest answer lost"),
+        (replace(killed, calls=replace(calls[1], lost=9)), "steps redone"),
+    ):
+        rows, _ = resume.judge(whole, changed, 2)
+        assert [what for what, holds in judged(rows).items() if not holds] == [wrong]
+
+
+def test_a_stage_killed_once_is_measured(tmp_path: Path) -> None:
+    whole = resume.run(tmp_path / "a", questions=4, seed=0)
+    killed = resume.run(tmp_path / "a", 4, 0, kills=[len(whole.calls.asked) / 2], start_up_s=1.0)
+    assert killed.outputs == whole.outputs and "paths.jsonl" in whole.outputs
+    assert killed.calls.asked == whole.calls.asked and killed.chains == whole.chains == 16
+    assert whole.calls.redone == 0 and len(killed.calls.kills) == 1
+
+
+# chains_memory
+
+
+@pytest.mark.parametrize("count", [1, 250, 2500])
+def test_questions_made_as_they_are_asked_for_are_all_different(count: int) -> None:
+    questions = chains_memory.Questions(count)
+    ids = [question.id for question in questions]
+    assert len(set(ids)) == len(questions) == count and questions[0] == next(iter(questions))
+    assert count < 100 or ids != sorted(ids)
+
+
+def test_memory_and_time_are_judged_from_the_fewest_chains_to_the_most() -> None:
+    few = [chains_memory.Run(1000, seconds, 50.0, 1.0) for seconds in (1.0, 9.0, 1.1)]
+    many = chains_memory.Run(100_000, 120.0, 55.0, 100.0)
+    rows, _ = chains_memory.judge([few, [many]])
+    assert judged(rows) == {"peak memory": True, "time a chain": True}
+    assert [row.value for row in rows[:2]] == pytest.approx([1.1, 120 / 110])
+    rows, _ = chains_memory.judge([few, [replace(many, seconds=150.0, peak_mib=70.0)]])
+    assert judged(rows) == {"peak memory": False, "time a chain": False}
+
+
+def test_a_few_chains_are_measured_in_a_process_of_their_own() -> None:
+    one = chains_memory.run_apart(400)
+    assert one.chains == 400 and one.seconds > 0 and one.peak_mib > 10 and one.disk_mib > 0
+
+
+# local_engine
+
+
+def test_plain_generate_and_the_local_engine_do_the_same_work(tiny_model: Any, tiny_processor: Any) -> None:
+    model = lively(tiny_model(3))
+    questions = [Question(f"q{n}", [f"picture {n}"], "Sum?" + " more" * n, "7") for n in range(5)]
+    work = local_engine.Work(questions, 2, Settings("short", 1, 2, 12, 1, 0.0, 1.0, 1.0), Path(), Path(), 4)
+    runs = [
+        local_engine.run(engine(model, tiny_processor, picture, 4), work)
+        for engine in (local_engine.PlainEngine, LocalEngine)
+    ]
+    assert runs[0].chains == runs[1].chains
+    assert all(isinstance(chain, FailedPath) and chain.text for chain in runs[0].chains)
+
+
+def test_the_local_engine_is_judged_by_seconds_and_by_equal_chains() -> None:
+    path = FailedPath("q", 0, "not JSON")
+    plain, local = local_engine.Run(6.0, [path, path]), local_engine.Run(2.0, [path, path])
+    found = {local_engine.PLAIN: [plain], local_engine.LOCAL: [local]}
+    rows, _ = local_engine.judge(found, 8)
+    assert [row.holds for row in rows if row.target] == [True, True] and rows[0].value == pytest.approx(3)
+    found[local_engine.LOCAL] = [replace(local, seconds=2.1, chains=[path, replace(path, reason="cut off")])]
+    rows, _ = local_engine.judge(found, 8)
+    assert [row.holds for row in rows if row.target] == [False, False]
+
+
+def test_a_folder_without_a_generator_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no generator: run `make demo` there first"):
+        local_engine.read_work(tmp_path, 4)
