@@ -223,7 +223,8 @@ def smallest(schema: Mapping[str, Any]) -> Any:
         return {name: smallest(part) for name, part in schema.get("properties", {}).items()}
     if schema.get("type") == "array":
         return [smallest(schema["items"])] * schema.get("minItems", 0)
-    return {"integer": 0, "number": 0, "boolean": False}.get(schema.get("type", ""), "text")
+    least = schema.get("minimum", 0)
+    return {"integer": least, "number": least, "boolean": False}.get(schema.get("type", ""), "text")
 
 
 class MockServer:

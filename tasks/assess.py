@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks import engines, params, roles
-from tasks.assessing import mark_all, score_all
+from tasks.assessing import mark_all, score_all, surviving
 from tasks.stage import StageError, StageRun, open_stage, settings
 
-GENERATED, JUDGE = Path("artifacts/generate"), Path("artifacts/judge")
+GENERATED = Path("artifacts/generate")
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ def run(p: Params, stage: StageRun) -> dict[str, Any]:
     asked = list(questions.values())
     with roles.answer_filter(p.answer_filter, asked, stage) as filter:
         paths, how = mark_all(list(read_paths(GENERATED / "paths.jsonl")), questions, filter, p.prompts)
-    surviving = [path for path in paths if path.right is True]
-    if not surviving:
+    right = surviving(paths)
+    if not right:
         raise StageError(
             "no generated path has the right answer: train the generator longer or choose a stronger one"
         )
     tested = set(sorted({path.question_id for path in paths})[: p.agreement_questions])
-    with roles.path_judge(JUDGE, p.prompts, asked, stage) as judge:
-        scored, unreadable = score_all(surviving, questions, judge)
+    with roles.path_judge(roles.JUDGE, p.prompts, asked, stage) as judge:
+        scored, unreadable = score_all(right, questions, judge)
         probe, _ = score_all([path for path in paths if path.question_id in tested], questions, judge)
     by_key = {(path.question_id, path.sample): path for path in scored}
     merged, _ = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
     write_jsonl(stage.out / "paths.jsonl", merged)
     return {
         "paths": len(paths),
-        "right_share": len(surviving) / len(paths),
+        "right_share": len(right) / len(paths),
         "filtered": dict(how),
         "unreadable": unreadable,
         "agreement": agreement(*with_oracle(probe, questions), judge.from_answers),
@@ -71,7 +71,7 @@ def main() -> None:
     with open_stage(
         "assess",
         params=settings(p, engines.identities("answer_judge", "path_judge")),
-        inputs=["data", GENERATED, JUDGE, roles.GENERATOR],
+        inputs=["data", GENERATED, roles.JUDGE, roles.GENERATOR],
         out="artifacts/assess",
     ) as stage:
         stage.metrics(run(p, stage))

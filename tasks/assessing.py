@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from models.records import Question, ReasoningPath
 
 
+def surviving(paths: Sequence[ReasoningPath]) -> list[ReasoningPath]:
+    """Right paths: what `assess` has scored."""
+    return [path for path in paths if path.right is True]
+
+
+def mixed(paths: Sequence[ReasoningPath]) -> list[ReasoningPath]:
+    """Paths of questions with something to decide, a right and a wrong path: what `score` has scored."""
+    groups = by_question(paths).values()
+    return [path for group in groups if {p.right for p in group} >= {True, False} for path in group]
+
+
+def by_question(paths: Sequence[ReasoningPath]) -> dict[str, list[ReasoningPath]]:
+    """Paths by their question, in order."""
+    groups: dict[str, list[ReasoningPath]] = {}
+    for path in paths:
+        groups.setdefault(path.question_id, []).append(path)
+    return groups
+
+
 def mark_all(
     paths: Sequence[ReasoningPath],
     questions: Mapping[str, Question],
@@ -43,9 +62,7 @@ def score_all(
     """The paths with scores, in order, and how many questions gave no readable reply."""
     from models.assessment import score_paths
 
-    groups: dict[str, list[ReasoningPath]] = {}
-    for path in paths:
-        groups.setdefault(path.question_id, []).append(path)
+    groups = by_question(paths)
     results = run_all(
         lambda name: score_paths(groups[name], questions[name], judge),
         list(groups),

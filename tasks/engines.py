@@ -40,6 +40,7 @@ CONSTRAINED = ("generator", "path_judge")
 """Roles whose replies follow a schema."""
 WITHOUT_IMAGES = ("answer_judge",)
 """Roles whose prompts are text alone."""
+JUDGES = ("answer_judge", "path_judge")
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,9 @@ class EngineParams:
     the one at `url` is used. python, arguments, environment: of what is started (python: None is this
     interpreter; variables in it and in the environment are filled in). api_key_env: variable that holds the
     key. timeout_s: of one call; with vllm, of silence with requests under way. patience_s: how long a server
-    may be away. seeded: send seeds. error_budget: share of the requests that may be given up on. prices: of a
-    million tokens, for an estimate.
+    may be away. seeded: send seeds. ahead: a judge works behind sampling, question by question (tasks.ahead);
+    its engine then stands beside the sampling one. error_budget: share of the requests that may be given up
+    on. prices: of a million tokens, for an estimate.
     """
 
     kind: Literal["local", "openai", "vllm", "fake"] = "local"
@@ -69,12 +71,15 @@ class EngineParams:
     timeout_s: float = 600.0
     patience_s: float = 900.0
     seeded: bool = True
+    ahead: bool = False
     error_budget: float = 0.05
     prices: Prices | None = None
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
             raise ValueError(f"capacity: expected 1 or more, found {self.capacity}")
+        if self.ahead and self.kind == "local":
+            raise ValueError("ahead is for a judge on an engine of its own, not for kind: local")
         if not 0 <= self.error_budget <= 1:
             raise ValueError(f"error_budget: expected a share from 0 to 1, found {self.error_budget}")
         if self.kind == "openai" and self.launch == (self.url is not None):
@@ -148,7 +153,8 @@ def open_engine(
         engine = opened.enter_context(_engine(role, e, e.model or str(checkpoint), questions, images))
         watched = WatchedEngine(engine, ErrorBudget(e.error_budget))
         if engine.independent:
-            journal = opened.enter_context(Journal(stage.scratch / f"{role}.journal"))
+            path = _judged(role, checkpoint, e) if role in JUDGES else stage.scratch / f"{role}.journal"
+            journal = opened.enter_context(Journal(path))
             yield JournalledEngine(watched, journal)
         else:
             yield watched
@@ -172,6 +178,21 @@ def _engine(
             if questions:
                 _try_out(role, engine, questions)
             yield engine
+
+
+def _judged(role: Role, checkpoint: str | Path, e: EngineParams) -> Path:
+    """Where a judge's replies are kept: the same for the stage behind which it judges and for the one whose
+    work that is. Those of another judge, or on other data, are dropped."""
+    from models.journal import payload_hash
+    from tasks.fingerprint import fingerprint
+
+    model = fingerprint(checkpoint) if Path(checkpoint).exists() else None
+    key = payload_hash(e.identity, model, fingerprint(DATA))
+    home = WORK / "judged" / role
+    for other in home.glob("*"):
+        if not other.name.startswith(key):
+            other.unlink(missing_ok=True)
+    return home / f"{key}.journal"
 
 
 def _report(role: Role, e: EngineParams, engine: Engine, done: Throughput, stage: StageRun) -> None:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from models.reasoning import Settings
 from tasks import engines, params, roles
+from tasks.ahead import judging_ahead
 from tasks.outcomes import Outcomes
-from tasks.sampling import sample_chains
+from tasks.sampling import Enough, sample_chains
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Params:
-    """questions: how many of the pool; samples: N chains a question; chunk: questions a journal entry."""
+    """questions: how many of the pool; samples: N chains a question; stop: fewer, once there are enough right
+    and wrong ones; chunk: questions a journal entry."""
 
     questions: int = 2000
     samples: int = 4
+    stop: Enough | None = None
     chunk: int = 64
     chain: Settings = field(default_factory=Settings)
 
@@ -41,7 +44,7 @@ def run(
     when not one chain was finished."""
     from models.reasoning import progressive_chain
 
-    with Outcomes(stage.out) as outcomes:
+    with Outcomes(stage.out) as outcomes, judging_ahead("assess", questions, stage) as then:
         sample_chains(
             engine,
             questions,
@@ -51,6 +54,8 @@ def run(
             p.chunk,
             stage.scratch,
             take=outcomes.add,
+            stop=p.stop,
+            then=then,
         )
         if not outcomes.paths:
             raise StageError(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 RECORDS = DATA / "records.jsonl"
 GENERATOR = Path("artifacts/foundation/generator")
+JUDGE = Path("artifacts/judge")
 JUDGE_FILE = "judge.json"
 """What kind of judge a folder of the `judge` stage holds."""
 

@@ -11,18 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks import engines, params, roles, rounds
+from tasks.ahead import judging_ahead
 from tasks.outcomes import Outcomes
-from tasks.sampling import Row, sample_reasoner
+from tasks.sampling import Enough, Row, sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 
 @dataclass(frozen=True)
 class Params:
-    """questions: of each round; samples: paths a question."""
+    """questions: of each round; samples: paths a question; stop: fewer, once there are enough right and wrong
+    ones."""
 
     prompts: str = "full"
     questions: int = 2000
     samples: int = 8
+    stop: Enough | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 4096
@@ -40,8 +43,13 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
 
     questions = roles.training_questions("rounds", p.questions, offset=(this.t - 1) * p.questions)
     with Outcomes(stage.out) as outcomes:
-        with engines.open_engine("reasoner", this.checkpoint, questions, stage) as engine:
-            sample_reasoner(engine, questions, p, derived_seed(seed, this.t), stage.scratch, take)
+        with (
+            judging_ahead("score", questions, stage) as then,
+            engines.open_engine("reasoner", this.checkpoint, questions, stage) as engine,
+        ):
+            sample_reasoner(
+                engine, questions, p, derived_seed(seed, this.t), stage.scratch, take, p.stop, then
+            )
         if not outcomes.paths:
             raise StageError(
                 f"none of {outcomes.chains} sampled paths could be read: "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from tasks.meter import Advance, meter
 if TYPE_CHECKING:
     from models.engines.base import Engine
     from models.records import FailedPath, Question, ReasoningPath
+    from tasks.ahead import Ahead
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -27,8 +29,37 @@ Chain = Callable[["Engine", "Question", int], Awaitable["ReasoningPath | FailedP
 Row = dict[str, Any]
 """A ReasoningPath or, with a `reason`, a FailedPath."""
 
-AT_ONCE = 2
-"""Items under way, as a multiple of what the engines have room for: the next requests wait in the engine."""
+AT_ONCE = 3
+"""Chains or items under way, as a multiple of what the engines have room for: the next requests wait in the
+engine, also while questions wait for their last chain."""
+
+
+@dataclass(frozen=True)
+class Enough:
+    """Of a question so many right and so many wrong chains are enough; no more of its chains are begun."""
+
+    right: int = 1
+    wrong: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.right, self.wrong) < 0 or self.right + self.wrong == 0:
+            raise ValueError(f"stop: expected numbers of right and wrong chains, found {self}")
+
+    def missing(self, question: Question, outcomes: Sequence[ReasoningPath | FailedPath]) -> int:
+        """How many chains must still come, at least. What the rules cannot judge counts as neither."""
+        from models.answers import matches
+
+        known = [
+            matches(answer_of(outcome), question.answer, question.choices)
+            for outcome in outcomes
+            if not hasattr(outcome, "reason")
+        ]
+        return max(0, self.right - known.count(True)) + max(0, self.wrong - known.count(False))
+
+
+def answer_of(path: Any) -> str:
+    """A path's answer; where no answer was asked for, what its last step says."""
+    return path.answer or path.steps[-1].content
 
 
 class SamplingParams(Protocol):
@@ -78,38 +109,69 @@ def sample_chains(
     chunk: int,
     scratch: Path,
     take: Callable[[Row], None],
+    stop: Enough | None = None,
+    then: Ahead | None = None,
 ) -> None:
-    """N chains a question, given to `take` one after another in order of question and sample; replayed after
-    a kill. Memory is flat in the number of chains.
+    """N chains a question, or fewer where `stop` says that there are enough, given to `take` one after
+    another in order of question and sample; replayed after a kill. Memory is flat in the number of chains.
 
     asked: all that makes the chains what they are, besides the questions; chunk: questions kept together
-    where the engine's replies depend on each other.
+    where the engine's replies depend on each other; then: what is done with a question whose last chain has
+    ended, and awaited.
     """
     with meter("chains", len(questions) * samples) as advance:
-        chains = _Chains(engine, samples, chain, advance)
+        chains = _Chains(engine, samples, chain, advance, stop, then)
         if engine.independent:
-            chains.sample(questions, AT_ONCE * engine.capacity, take)
+            chains.sample(questions, -(-AT_ONCE * engine.capacity // samples), take)
         else:
-            _sample_chunks(chains, questions, asked, chunk, scratch, take)
+            _sample_chunks(chains, questions, [asked, stop and stop.__dict__], chunk, scratch, take)
 
 
 class _Chains:
     """Samples `samples` chains a question, and shows how many have ended."""
 
-    def __init__(self, engine: Engine, samples: int, chain: Chain, advance: Advance) -> None:
-        self.engine, self.samples, self.chain = engine, samples, chain
+    def __init__(
+        self,
+        engine: Engine,
+        samples: int,
+        chain: Chain,
+        advance: Advance,
+        stop: Enough | None,
+        then: Ahead | None,
+    ) -> None:
+        self.engine, self.samples, self.chain, self.stop, self.then = engine, samples, chain, stop, then
         self._advance, self._ended = advance, 0
 
     def sample(self, questions: Iterable[Question], at_once: int, take: Callable[[Row], None]) -> None:
-        """At most `at_once` chains under way."""
+        """At most `at_once` questions under way."""
         from models.records import to_json
 
-        def ended(outcome: ReasoningPath | FailedPath) -> None:
-            take(to_json(outcome))
-            self.ended(1)
+        def ended(outcomes: Sequence[ReasoningPath | FailedPath]) -> None:
+            for outcome in outcomes:
+                take(to_json(outcome))
+            self.ended(self.samples - len(outcomes))
 
-        pairs = ((question, sample) for question in questions for sample in range(self.samples))
-        _run(lambda pair: self.chain(self.engine, *pair), pairs, [self.engine], at_once, ended)
+        asked = [self.engine, *(self.then.engines if self.then else ())]
+        _run(self._of_question, questions, asked, at_once, ended)
+
+    async def _of_question(self, question: Question) -> list[ReasoningPath | FailedPath]:
+        """All chains at once; with `stop`, so many as may be enough, and more as long as they are not."""
+        outcomes: list[ReasoningPath | FailedPath] = []
+        while len(outcomes) < self.samples:
+            left = self.samples - len(outcomes)
+            begun = min(left, self.stop.missing(question, outcomes)) if self.stop else left
+            if not begun:
+                break
+            first = len(outcomes)
+            outcomes += await asyncio.gather(*(self._one(question, first + n) for n in range(begun)))
+        if self.then:
+            await self.then(question, outcomes)
+        return outcomes
+
+    async def _one(self, question: Question, sample: int) -> ReasoningPath | FailedPath:
+        outcome = await self.chain(self.engine, question, sample)
+        self.ended(1)
+        return outcome
 
     def ended(self, count: int) -> None:
         """So many more."""
@@ -135,10 +197,10 @@ def _sample_chunks(
             name = payload_hash([to_json(question) for question in part], chains.samples, asked)
             if (kept := journal.get(name)) is not None:
                 rows = kept["rows"]
-                chains.ended(len(rows))
+                chains.ended(len(part) * chains.samples)
             else:
                 rows = []
-                chains.sample(part, len(part) * chains.samples, rows.append)
+                chains.sample(part, len(part), rows.append)
                 journal.put(name, {"rows": rows})
                 journal.flush()
             for row in rows:
@@ -152,6 +214,8 @@ def sample_reasoner(
     seed: int,
     scratch: Path,
     take: Callable[[Row], None],
+    stop: Enough | None = None,
+    then: Ahead | None = None,
 ) -> None:
     """`sample_chains` of a reasoning agent."""
     from models.agents import sample_reasoning
@@ -167,6 +231,8 @@ def sample_reasoner(
         p.chunk,
         scratch,
         take,
+        stop,
+        then,
     )
 
 

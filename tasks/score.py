@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks import engines, params, roles, rounds
-from tasks.assessing import mark_all, score_all
+from tasks.assessing import by_question, mark_all, mixed, score_all
 from tasks.stage import StageError, StageRun, open_stage, settings
-
-JUDGE = Path("artifacts/judge")
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,12 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
     failures = [
         FailedPath(r["question_id"], r["sample"], r["reason"]) for r in read_jsonl(sampled / "failures.jsonl")
     ]
-    with roles.path_judge(JUDGE, p.prompts, asked, stage) as judge:
-        scored, unreadable = score_all(_mixed(paths), questions, judge)
+    with roles.path_judge(roles.JUDGE, p.prompts, asked, stage) as judge:
+        scored, unreadable = score_all(mixed(paths), questions, judge)
     by_key = {(path.question_id, path.sample): path for path in scored}
     scored_paths, truths = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
-    pairs, dropped = build_pairs(_groups(scored_paths), p.rule, p.pairs_per_question, p.min_margin)
+    groups = by_question(scored_paths).values()
+    pairs, dropped = build_pairs(groups, p.rule, p.pairs_per_question, p.min_margin)
     if not pairs:
         raise StageError(
             f"round {this.t} gave no preference pair (dropped: {dropped}): sample more questions or "
@@ -74,22 +73,6 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
         "pairs": {"kept": len(kept), "dropped": dropped},
         "agreement": agreement(scored_paths, truths, judge.from_answers),
     }
-
-
-def _groups(paths: Sequence[Any]) -> list[list[Any]]:
-    groups: dict[str, list[Any]] = {}
-    for path in paths:
-        groups.setdefault(path.question_id, []).append(path)
-    return list(groups.values())
-
-
-def _mixed(paths: Sequence[Any]) -> list[Any]:
-    """Paths of questions with something to decide: a right and a wrong path."""
-    kept = []
-    for group in _groups(paths):
-        if {path.right for path in group} >= {True, False}:
-            kept += group
-    return kept
 
 
 def _rewards(scored: Sequence[Any], pairs: Sequence[Any]) -> dict[str, Any]:
@@ -121,7 +104,7 @@ def _mean(values: Sequence[float]) -> float | None:
 def main() -> None:
     """Run the stage in the checkout's root."""
     this, p = rounds.from_arguments(__doc__), params.load("score", Params)
-    inputs: list[str | Path] = ["data", this.folder("sample"), JUDGE]
+    inputs: list[str | Path] = ["data", this.folder("sample"), roles.JUDGE]
     with open_stage(
         "score",
         params=settings(p, engines.identities("answer_judge", "path_judge")),

@@ -183,3 +183,37 @@ def test_what_is_journalled_belongs_to_its_settings(workspace: Path) -> None:
         assert requests(replace(settings, **changed)) > 0, changed
     assert requests(settings, seed=1) == 8 and requests(settings, questions=asked[::-1]) == 8
     assert requests(settings) == 0
+
+
+@pytest.mark.parametrize(("stage", "samples"), [("generate", 6), ("sample", 6)])
+def test_a_question_with_enough_right_and_wrong_chains_gets_no_more(
+    workspace: Path, run: Any, stage: str, samples: int
+) -> None:
+    from models.answers import matches
+
+    overrides = {name: {**OVERRIDES[name], "samples": samples} for name in (stage,)}
+    make_workspace(workspace, overrides={**OVERRIDES, **overrides})
+    engines, _ = run(stage)
+    all_of_them = engines.engine.requests
+    stop = {stage: {**overrides[stage], "stop": {"right": 1, "wrong": 1}}}
+    make_workspace(workspace, overrides={**OVERRIDES, **stop})
+    engines, files = run(stage)
+    assert engines.engine.requests < all_of_them
+    truth = {row["id"]: row["answer"] for row in read_jsonl("data/records.jsonl")}
+    right: dict[str, list[bool | None]] = {}
+    for row in (json.loads(line) for line in files["paths.jsonl"].splitlines()):
+        known = matches(row["answer"], truth[row["question_id"]])
+        right.setdefault(row["question_id"], []).append(known)
+    failed = [json.loads(line)["question_id"] for line in files["failures.jsonl"].splitlines()]
+    chains = {name: len(right.get(name, [])) + failed.count(name) for name in {*right, *failed}}
+    assert len(chains) == 12 and min(chains.values()) >= 2 and min(chains.values()) < samples
+    for name, count in chains.items():
+        both = {True, False} <= set(right.get(name, []))
+        assert count == samples or both, name
+
+
+def test_numbers_of_enough_chains_are_checked() -> None:
+    from tasks.params import ParamsError, parse
+
+    with pytest.raises(ParamsError, match=r"generate\.stop: stop: expected numbers"):
+        parse({"stop": {"right": 0, "wrong": 0}}, generate.Params, "params.yaml: generate")

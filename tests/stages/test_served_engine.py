@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,3 +214,42 @@ def test_an_engine_that_cannot_be_is_named(engine: dict[str, Any], message: str)
         parse(engine, EngineParams, "params.yaml: engines.generator")
     assert str(error.value).startswith("params.yaml: engines.generator")
     assert json.dumps(engine)
+
+
+@pytest.fixture
+def judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: MockServer) -> Path:
+    """A workspace whose generator and path judge are on the server, which often knows the answer."""
+    from models.prompts import prompt
+    from tasks import roles
+
+    set_up(tmp_path, monkeypatch, {"kind": "openai", "url": server.url, "capacity": 4})
+    params = Path("params.yaml")
+    local = "path_judge:\n    kind: local\n    model:\n    capacity: 128"
+    assert local in params.read_text()
+    served = f"path_judge:\n    kind: openai\n    model: judge\n    url: {server.url}\n    capacity: 4"
+    params.write_text(params.read_text().replace(local, served))
+    params.write_text(params.read_text().replace("agreement_questions: 20", "agreement_questions: 0"))
+    (tmp_path / "artifacts/judge").mkdir()
+    (tmp_path / "artifacts/judge/judge.json").write_text('{"kind": "model"}')
+    answers = [question.answer for question in roles.training_questions("generate", 12)]
+    often = max(answers, key=answers.count)
+    server.set_rules({"do": "reply", "body": often, "when": prompt("short", "answer")})
+    return tmp_path
+
+
+def test_judging_ahead_leaves_nothing_to_ask_and_changes_nothing(judged: Path, server: MockServer) -> None:
+    def calls_of(stage: str) -> int:
+        before = server.stats()["calls"]
+        ended = subprocess.run([sys.executable, "-m", f"tasks.{stage}"], capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        return server.stats()["calls"] - before
+
+    sampled, asked = calls_of("generate"), calls_of("assess")
+    plain = contents(Path("artifacts/assess"))
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("model: judge\n", "model: judge\n    ahead: true\n"))
+    shutil.rmtree(".work")
+    sampled_and_judged, left = calls_of("generate"), calls_of("assess")
+    canary = left
+    assert contents(Path("artifacts/assess")) == plain
+    assert 0 < canary < asked and sampled_and_judged - sampled == asked
