@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from flows import profile
 from tasks import params
+from tests.support.imports import REPOSITORY
 
 EMBEDDED = """\
 profile: embedded
@@ -81,3 +84,15 @@ def test_faults_are_named(root: Path) -> None:
         profile.build(root, "none")
     with pytest.raises(profile.ProfileError, match="1 or more"):
         profile.rounds_map(0)
+
+
+def test_the_profile_in_the_documentation_can_be_run(tmp_path: Path) -> None:
+    page = (REPOSITORY / "docs/bring-your-own-model.md").read_text(encoding="utf-8")
+    text = re.search(r"```yaml\n(foundation:.*?)```", page, re.DOTALL)
+    assert text
+    shutil.copytree(REPOSITORY / "profiles", tmp_path / "profiles")
+    (tmp_path / "profiles/mine.yaml").write_text(text[1])
+    profile._write(tmp_path / "params.yaml", profile._dump(profile.build(tmp_path, "mine")))
+    parsed = params.validate(tmp_path / "params.yaml")
+    assert parsed["judge"].kind == "model" and parsed["instruct"].boards == 0
+    assert {parsed[name].budget.optimizer for name in ("reasoning_sft", "summary_sft", "dpo")} == {"adamw"}
