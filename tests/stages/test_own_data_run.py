@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from models.records import read_jsonl
-from tasks import roles
 from tasks.data_import import import_folder
 from tests.stages.test_dry_run import STAGES, run
 from tests.support.fake_boards import Engines, make_workspace
@@ -44,7 +43,7 @@ def test_every_stage_runs_on_an_imported_folder(tmp_path: Path, monkeypatch: pyt
     shutil.rmtree(checkout / "data")
     Repo.init(str(checkout), no_scm=True).close()
     import_folder(source, checkout)
-    monkeypatch.setattr(roles, "engine", Engines("data/records.jsonl"))
+    monkeypatch.setattr("tasks.engines.open_engine", Engines("data/records.jsonl"))
     for module, arguments, out in STAGES:
         run(module, arguments)
         assert (checkout / "artifacts" / out / "manifest.json").is_file(), out
