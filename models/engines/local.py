@@ -23,11 +23,11 @@ from models.vlm import Encoder, load, pad, stack_pixels
 
 if TYPE_CHECKING:
     import torch
-    from transformers import DynamicCache, PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
-    from models.engines.kv_cache import Held, HeldConversations
+    from models.engines.kv_cache import Held, HeldConversations, RoomyCache
 
-KEEP_SHARE = 0.75
+KEEP_SHARE = 0.85
 """Drop ended rows from the batch when fewer than this share of its rows still run."""
 HELD_BYTES = 2 << 30
 """Most memory for keys and values of conversations that go on."""
@@ -47,7 +47,7 @@ class LocalEngine:
         images: ImageSource | str | Path = "data",
         batch_size: int = 256,
     ) -> None:
-        from models.engines.kv_cache import HeldConversations
+        from models.engines.kv_cache import HeldConversations, Pool
 
         self.model = model.eval()
         self.encoder = Encoder(processor, images)
@@ -55,6 +55,7 @@ class LocalEngine:
         self.end = processor.tokenizer.eos_token_id
         self.pad = processor.tokenizer.pad_token_id
         self.image_token = processor.image_token_id
+        self.pool = Pool()
         self._held = HeldConversations(HELD_BYTES)
         self._waiting: list[_Row] = []
         self._decoding: asyncio.Task[None] | None = None
@@ -123,17 +124,26 @@ class LocalEngine:
 
     def completion(self, row: _Row) -> Completion:
         """What a decoded row came to."""
-        text = self.encoder.tokenizer.decode(row.said(self.end), skip_special_tokens=False)
-        return Completion(text, len(row.new), row.new[-1:] == [self.end], len(row.ids), row.known)
+        return Completion(self.text(row), len(row.new), row.new[-1:] == [self.end], len(row.ids), row.known)
 
-    def hold(self, row: _Row, cache: DynamicCache, cache_row: int) -> None:
-        """Keep what was computed for a row that has just ended, for the prompt that goes on from it."""
-        from models.engines.kv_cache import can_hold, row_of
+    def hold(self, rows: Sequence[_Row], cache: RoomyCache, cache_rows: torch.Tensor) -> None:
+        """Keep what was computed for rows that have just ended, for the prompts that go on from them."""
+        from models.engines.kv_cache import Held
 
-        if row.request.goes_on and can_hold(cache):
-            said = row.said(self.end)
-            text = self.encoder.tokenizer.decode(said, skip_special_tokens=False)
-            self._held.put(row.name(text), row_of(cache, cache_row, row.ids + said))
+        if not cache.can_hold or not any(row.request.goes_on for row in rows):
+            return
+        ids = [row.ids + row.said(self.end) for row in rows]
+        fresh = cache.last(
+            cache_rows, [len(all_of) - row.known for row, all_of in zip(rows, ids, strict=True)]
+        )
+        for row, all_of, part in zip(rows, ids, fresh, strict=True):
+            if row.request.goes_on:
+                begun = row.held.first(row.known) if row.held else []
+                self._held.put(row.name(self.text(row)), Held(all_of, [*begun, part]))
+
+    def text(self, row: _Row) -> str:
+        """What was drawn for a row."""
+        return str(self.encoder.tokenizer.decode(row.said(self.end), skip_special_tokens=False))
 
 
 @dataclass(eq=False)
@@ -178,25 +188,27 @@ def _decode(engine: LocalEngine, rows: Sequence[_Row]) -> None:
     seeds = torch.tensor([row.request.sampling.seed for row in rows], device=device)
     running = torch.arange(len(rows), device=device)  # the request of each row of the cache
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    seen = pad([row.ids for row in rows], engine.pad, left=True).to(device)
+    penalised = sampling.repetition_penalty != 1.0
+    seen = pad([row.ids if penalised else [] for row in rows], engine.pad, left=True).to(device)
     for new in range(sampling.max_new_tokens):
-        chosen = _pick(state.logits, sampling, uniform(seeds, new), seen)
+        chosen = _pick(state.logits, sampling, seeds, new, seen)
         over = (chosen == engine.end) & ~ended
         for row, token, done in zip(running.tolist(), chosen.tolist(), ended.tolist(), strict=True):
             if not done:
                 rows[row].new.append(token)
-        for cache_row in over.nonzero().flatten().tolist():
-            engine.hold(rows[int(running[cache_row])], state.cache, cache_row)
+        if bool(over.any()):
+            engine.hold([rows[n] for n in running[over].tolist()], state.cache, over.nonzero().flatten())
         ended = ended | over
         if bool(ended.all()) or new + 1 == sampling.max_new_tokens:
             break
-        if sampling.repetition_penalty != 1.0:
+        if penalised:
             seen = torch.cat([seen, chosen[:, None]], dim=1)
         kept = (~ended).nonzero().squeeze(-1)
         if len(kept) < KEEP_SHARE * len(ended):
             state.keep(kept)
             running, ended, chosen, seeds, seen = (t[kept] for t in (running, ended, chosen, seeds, seen))
         state.feed(engine.model, chosen[:, None])
+    state.cache.end()
 
 
 @dataclass
@@ -204,7 +216,7 @@ class _State:
     """A batch under way. mask: [rows, tokens so far]; position: of the last token [rows, 1]; logits: of the
     next one [rows, vocabulary]."""
 
-    cache: DynamicCache
+    cache: RoomyCache
     mask: torch.Tensor
     position: torch.Tensor
     logits: torch.Tensor
@@ -227,7 +239,7 @@ def _open(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     """Prefill of conversations that begin: equal prompts once."""
     import torch
 
-    from models.engines.kv_cache import roomy_cache
+    from models.engines.kv_cache import RoomyCache
 
     prompts, prompt_of = _distinct(rows)
     device = engine.model.device
@@ -235,7 +247,7 @@ def _open(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     pixels = stack_pixels(engine.encoder, [row.request.prompt.images for row in prompts])
     inputs = {"input_ids": pad([row.ids for row in prompts], engine.pad, left=True), **pixels}
     position = mask.cumsum(-1).sub(1).clamp(min=0)
-    cache = roomy_cache(engine.model.config)
+    cache = RoomyCache(engine.model.config, engine.pool)
     logits = _forward(engine.model, cache, mask, position, inputs)
     state = _State(cache, mask, position[:, -1:], logits)
     if len(prompts) < len(rows):  # the samples of a question go their own ways from here
@@ -248,7 +260,7 @@ def _begin(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     that padding stays on the left."""
     import torch
 
-    from models.engines.kv_cache import begun_cache
+    from models.engines.kv_cache import RoomyCache
 
     block = max(len(row.ids) - row.known for row in rows)
     device = engine.model.device
@@ -257,7 +269,8 @@ def _begin(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
         for row in rows:
             row.known = 0
         return _open(engine, rows)
-    cache = begun_cache(engine.model.config, begun)
+    cache = RoomyCache(engine.model.config, engine.pool)
+    cache.begin(begun, block)
     mask = pad([[1] * len(row.ids) for row in rows], 0, left=True).to(device)
     position = mask.cumsum(-1).sub(1)[:, -block:]
     tokens = torch.tensor([row.ids[-block:] for row in rows])
@@ -267,7 +280,7 @@ def _begin(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
 
 def _forward(
     model: PreTrainedModel,
-    cache: DynamicCache,
+    cache: RoomyCache,
     mask: torch.Tensor,
     position: torch.Tensor,
     inputs: dict[str, torch.Tensor],
@@ -314,8 +327,11 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _pick(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Next tokens [rows] from logits [rows, vocabulary]: greedy, or temperature and top-p at draws [rows]."""
+def _pick(
+    logits: torch.Tensor, sampling: Sampling, seeds: torch.Tensor, position: int, seen: torch.Tensor
+) -> torch.Tensor:
+    """Next tokens [rows] from logits [rows, vocabulary]: greedy, or temperature and top-p at the draws that
+    seeds [rows] and position give. seen: the tokens so far [rows, any], for the repetition penalty."""
     import torch
 
     logits = logits.float()
@@ -333,4 +349,5 @@ def _pick(logits: torch.Tensor, sampling: Sampling, draws: torch.Tensor, seen: t
         ordered[ordered.cumsum(-1) - ordered > sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(1, order, ordered)
     cumulated = probabilities.double().cumsum(-1)
+    draws = uniform(seeds, position)
     return torch.searchsorted(cumulated, draws[:, None] * cumulated[:, -1:], right=True).squeeze(-1)

@@ -10,7 +10,7 @@ import pytest
 
 from models.engines.base import Completion, Request, Sampling
 from models.engines.base import generate as ask
-from models.engines.kv_cache import Held, HeldConversations
+from models.engines.kv_cache import Held, HeldConversations, Pool, RoomyCache
 from models.engines.local import LocalEngine, uniform
 from models.vlm import Conversation, pad, stack_pixels
 from tests.support.tiny_vlm import lively, picture
@@ -78,12 +78,10 @@ def test_greedy_equals_generate_for_prompts_of_unequal_length(engine: LocalEngin
 def test_greedy_equals_generate_when_rows_end_and_leave_the_batch(
     engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import DynamicCache
-
     dropped: list[int] = []
-    select = DynamicCache.batch_select_indices
+    select = RoomyCache.batch_select_indices
     monkeypatch.setattr(
-        DynamicCache,
+        RoomyCache,
         "batch_select_indices",
         lambda self, rows: (dropped.append(len(rows)), select(self, rows))[1],
     )
@@ -186,12 +184,49 @@ def test_what_is_held_stays_within_its_limit() -> None:
 
     held = HeldConversations(limit=300)
     for number in range(4):
-        held.put(number, Held([1], [(torch.zeros(1, 1, 16), torch.zeros(1, 1, 16))]))  # 128 bytes each
+        held.put(number, Held([1], torch.zeros(1, 2, 1, 1, 16)))  # 128 bytes each
     assert [number for number in range(4) if held.get(number)] == [2, 3] and held.size == 256
-    held.put(3, Held([1], [(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))]))
+    held.put(3, Held([1], torch.zeros(1, 2, 1, 1, 1)))
     assert held.size == 136
     held.clear()
     assert held.size == 0 and held.get(2) is None
+
+
+@pytest.mark.parametrize("widths", [(8, 8, 8), (8, 4, 8)])
+def test_a_cache_holds_what_transformers_own_holds(widths: tuple[int, ...]) -> None:
+    import torch
+    from transformers import DynamicCache, LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=len(widths))
+    ours, theirs = RoomyCache(config, Pool()), DynamicCache(config=config)
+    for tokens, rows in ((5, None), (1, [0, 0, 2]), (60, [2, 1]), (1, None)):
+        for number, width in enumerate(widths):
+            states = torch.randn(2 if rows is None and tokens == 1 else 3, 2, tokens, width)
+            for mine, other in zip(
+                ours.update(states, -states, number), theirs.update(states, -states, number), strict=True
+            ):
+                assert torch.equal(mine, other)
+        if rows is not None:
+            ours.batch_select_indices(torch.tensor(rows))
+            theirs.batch_select_indices(torch.tensor(rows))
+    assert ours.can_hold == (len(set(widths)) == 1)
+    if ours.can_hold:
+        (last,) = ours.last(torch.tensor([1]), [3])
+        for number, layer in enumerate(theirs.layers):
+            assert torch.equal(last[number, 0], layer.keys[1, :, -3:])
+            assert torch.equal(last[number, 1], layer.values[1, :, -3:])
+
+
+def test_memory_is_used_again() -> None:
+    import torch
+
+    pool = Pool()
+    first = pool.take((2, 3), torch.zeros(1))
+    other = pool.take((2, 3), torch.zeros(1))
+    assert first.flat is not other.flat
+    pool.give_back(first)
+    assert pool.take((3, 2), torch.zeros(1)).flat is first.flat
+    assert pool.take((3, 2), torch.zeros(1)).flat is not first.flat
 
 
 def test_the_nucleus_holds_the_likeliest_tokens_only(engine: LocalEngine) -> None:
