@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from models.expressions import same_expression
+
 MAX_CHARS = 2000
 """Longer answers are for a reader: None unless equal."""
 
@@ -62,6 +64,8 @@ _EXCLUSIVE = (
 _HEDGE = re.compile(
     r"\b(?:not|no|never|none|more|less|fewer|than|least|most|about|around|approximately|between|or|except)\b"
 )
+_BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
+"""With braces two deep inside, as a fraction of roots has them."""
 _LEAD = re.compile(r"\b(?:answer|option|choice)(?: is| would be|:|=)+[\s:]*", re.I)
 _NUMBER = re.compile(r"(?<![\w.,])[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:e[-+]?\d{1,3})?(?![\d,.]*\d)", re.I)
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?:e[-+]?\d+)?", re.I)
@@ -87,6 +91,7 @@ def matches(
         return True
     verdicts = (
         _same_number(given, wanted, tolerance),
+        same_expression(given, wanted),
         _same_yes_no(given, wanted),
         _same_words(given, wanted),
     )
@@ -95,7 +100,7 @@ def matches(
 
 def final_answer(text: str) -> str:
     """The part of a text that answers: what its \\boxed{} holds or what follows its last "answer is"."""
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    boxed = _BOXED.findall(text)
     if boxed:
         return boxed[-1].strip()
     last = _LEAD.split(text)[-1].strip()

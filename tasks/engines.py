@@ -125,8 +125,9 @@ def identities(*roles: Role) -> dict[str, Any]:
 
 
 def engine_params(role: Role) -> EngineParams:
-    """The engine of a role, from params.yaml."""
-    return params.load(f"engines.{role}", EngineParams)
+    """The engine of a role, from params.yaml; a role that is not named there has the defaults."""
+    engine: EngineParams = getattr(params.load("engines", Params), role)
+    return engine
 
 
 @contextmanager

@@ -8,6 +8,12 @@ PETS = ["cat", "dog", "a red bird"]
 NUMBERS = ["7", "12", "40"]
 
 RIGHT = [
+    (r"$\frac{1}{2}$", "0.5", None),
+    (r"The answer is \boxed{\frac{1}{\sqrt{4}}}.", "1/2", None),
+    (r"2\sqrt{3}", r"$\sqrt{12}$", None),
+    ("$x^2-1$", "(x-1)(x+1)", None),
+    ("10^3", "1000", None),
+    ("x = 3", "3", None),
     ("7", "7", None),
     (" 7. ", "7", None),
     ("seven", "7", None),
@@ -52,6 +58,8 @@ RIGHT = [
     ("A", "A", ["x", "A"]),
 ]
 WRONG = [
+    ("$x^2+1$", "$(x-1)(x+1)$", None),
+    (r"\frac{1}{3}", "1/2", None),
     ("", "7", None),
     (" . ", "7", None),
     ("8", "7", None),
@@ -71,6 +79,9 @@ WRONG = [
     ("9", "12", NUMBERS),
 ]
 OPEN = [
+    (r"$\pi$", "3.14", None),
+    ("9^{9^{9}}", "3", None),
+    ("9^99^9", "3", None),
     ("puppy", "dog", None),
     ("100 cm", "1 m", None),
     ("5 apples", "5 oranges", None),
