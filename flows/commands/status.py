@@ -110,10 +110,6 @@ def report() -> None:
     ]
     for path in found:
         typer.echo(f"report   {path}")
-    mlflow = server_url("mlflow", base)
-    typer.echo(
-        f"runs     {mlflow}"
-        if mlflow
-        else f"runs     `{longview()} up` shows every run in MLflow and Prefect"
-    )
+    runs = server_url("mlflow", base) or f"`{longview()} up` shows every run in MLflow and Prefect"
+    typer.echo(f"runs     {runs}")
     typer.echo(f"stages   {longview()} status")

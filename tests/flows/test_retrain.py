@@ -60,11 +60,9 @@ def test_runs_every_stage_once_and_then_nothing(project: Path, prefect_server: s
     assert sorted(first["ran"]) == sorted(ALL) and first["pushed"] > 0
     assert executed(project).index("dpo@r1") < executed(project).index("dpo@r2")
     assert executed(project)[-1] == "compare"
-    began = time.monotonic()
     second = run()
     assert second["ran"] == [] and sorted(second["skipped"]) == sorted(ALL)
     assert len(executed(project)) == len(ALL)
-    assert time.monotonic() - began < 10
     assert list((project / ".work/remote").rglob("*.dir"))
 
 
