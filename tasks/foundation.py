@@ -10,6 +10,7 @@ and has seen no chain), then from the base the *generator*, which follows the st
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
 
     from models.images import data_and_instruct_images
     from models.mimicit import general_conversations
+    from models.probe import FILE, save_with_probe
     from models.vlm import Encoder, load, save
 
     set_seed(seed)
@@ -73,12 +75,13 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
                 model, encoder = _new_model(p, seed, instruct, images, stage)
                 processor = encoder.processor
             numbers[role] = _train(role, model, encoder, conversations, budget, seed, stage)
-            save(model, processor, kept)
+            save_with_probe(model, processor, kept)
             (kept / "done").write_text(_dump(numbers[role]))
         numbers[role] = _read(kept / "done")
     for role in ("base", "generator"):
         model, processor = load(stage.scratch / role)
         save(model, processor, stage.out / role)
+        shutil.copyfile(stage.scratch / role / FILE, stage.out / role / FILE)
         stage.generation(
             role, stage.out / role, round=None, parents=[] if role == "base" else ["base"], kind=role
         )
