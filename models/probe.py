@@ -36,6 +36,9 @@ TURNS = [
 TOKENS = 48
 """Most that are compared, from the end of the prompt back; all stand behind the picture."""
 DECIMALS = 4
+DOUBLE_BELOW = 100_000_000
+"""Parameters. Models smaller than this are probed in double precision, so that the last decimal does not hang
+on how memory happened to be aligned; larger ones as they are."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ def save_with_probe(model: PreTrainedModel, processor: ProcessorMixin, folder: s
 
 
 def take(model: PreTrainedModel, processor: ProcessorMixin) -> Probe:
-    """The probe of a model, of one forward in its own dtype. Also for a peft model."""
+    """The probe of a model, of one forward with its weights as they are. Also for a peft model."""
+    import copy
+
     import torch
 
     image = picture_url()
@@ -72,6 +77,8 @@ def take(model: PreTrainedModel, processor: ProcessorMixin) -> Probe:
     prompt = Conversation([image], TURNS)
     ids = encoder.prompt(prompt)
     count = min(TOKENS, ids[::-1].index(processor.image_token_id))
+    if sum(p.numel() for p in model.parameters()) < DOUBLE_BELOW:
+        model = copy.deepcopy(model).double()
     with _evaluating(model), torch.no_grad():
         device, dtype = model.device, model.dtype
         pixels = {
@@ -82,7 +89,7 @@ def take(model: PreTrainedModel, processor: ProcessorMixin) -> Probe:
         logits = model(input_ids=row, attention_mask=torch.ones_like(row), **pixels).logits[
             0, -count - 1 : -1
         ]
-        said = logits.float().log_softmax(-1).gather(1, row[0, -count:, None])[:, 0]
+        said = logits.double().log_softmax(-1).gather(1, row[0, -count:, None])[:, 0]
     return Probe(image, TURNS, ids[-count:], [round(value, DECIMALS) for value in said.tolist()])
 
 

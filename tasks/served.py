@@ -96,6 +96,13 @@ def in_worker(role: Role, e: EngineParams, model: str, images: ImageSource | Pat
         yield engine
 
 
+def stop_lingering(folder: Path) -> int:
+    """End the servers that wait for another stage; returns how many there were."""
+    from models.engines.lingering import stop_all
+
+    return stop_all(folder)
+
+
 def _connect(url: str, name: str) -> OpenAIEngine:
     """To compare log-probs."""
     return OpenAIEngine(url, name, settings=ClientSettings(patience_s=PROBE_PATIENCE_S))

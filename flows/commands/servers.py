@@ -81,12 +81,9 @@ def down() -> None:
 
 
 def _stop_lingering(base: Path) -> int:
-    folder = work("servers", base=base)
-    if not folder.is_dir():
-        return 0
-    from models.engines.lingering import stop_all
+    from tasks.served import SERVERS, stop_lingering
 
-    return stop_all(folder)
+    return stop_lingering(base / SERVERS) if (base / SERVERS).is_dir() else 0
 
 
 def command(server: Server, port: int, base: Path) -> list[str]:
