@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -63,6 +64,12 @@ def save_with_probe(model: PreTrainedModel, processor: ProcessorMixin, folder: s
     save(model, processor, folder)
     text = json.dumps(asdict(take(model, processor)), indent=1)
     (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def carry_over(source: str | Path, target: str | Path) -> None:
+    """The probe of a checkpoint that is saved once more, if it has one."""
+    if (Path(source) / FILE).exists():
+        shutil.copyfile(Path(source) / FILE, Path(target) / FILE)
 
 
 def take(model: PreTrainedModel, processor: ProcessorMixin) -> Probe:

@@ -10,7 +10,6 @@ and has seen no chain), then from the base the *generator*, which follows the st
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +53,7 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
 
     from models.images import data_and_instruct_images
     from models.mimicit import general_conversations
-    from models.probe import FILE, save_with_probe
+    from models.probe import carry_over, save_with_probe
     from models.vlm import Encoder, load, save
 
     set_seed(seed)
@@ -81,7 +80,7 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
     for role in ("base", "generator"):
         model, processor = load(stage.scratch / role)
         save(model, processor, stage.out / role)
-        shutil.copyfile(stage.scratch / role / FILE, stage.out / role / FILE)
+        carry_over(stage.scratch / role, stage.out / role)
         stage.generation(
             role, stage.out / role, round=None, parents=[] if role == "base" else ["base"], kind=role
         )

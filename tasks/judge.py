@@ -11,7 +11,6 @@ Where data/ is annotated, the judge's agreement with the oracle is measured on v
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +35,7 @@ class Params:
 def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun) -> dict[str, Any]:
     """Publish checkpoint/ (for a model judge of our own) and judge.json; returns the numbers of its training
     and its agreement."""
-    from models.probe import FILE, save_with_probe
+    from models.probe import carry_over, save_with_probe
     from models.vlm import load, save
 
     numbers: dict[str, Any] = {}
@@ -52,8 +51,7 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
             numbers["training"] = training
         model, processor = load(kept)
         save(model, processor, stage.out / "checkpoint")
-        if (kept / FILE).exists():
-            shutil.copyfile(kept / FILE, stage.out / "checkpoint" / FILE)
+        carry_over(kept, stage.out / "checkpoint")
         stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
     if (instruct / "graded.jsonl").stat().st_size:  # boards take part
         numbers["agreement"] = held_out_agreement(p, seed, stage)

@@ -27,6 +27,7 @@ from models.engines.server import ServerSettings
 from models.engines.weights import Disagreement, Probing, served_weights
 from models.probe import read_probe
 from models.vlm import Conversation
+from tasks.served import SERVERS
 from tests.support.imports import REPOSITORY
 from tests.support.stand_in_vllm import adapter, checkpoint
 
@@ -59,11 +60,11 @@ def make(tmp_path: Path) -> Iterator[Make]:
         weights = served_weights(str(folder), fingerprint)
         settings = ServerSettings(**{**vars(settings), "model": weights.model})
         probing = Probing(read_probe(weights.folder), tolerance=0.1)
-        home = tmp_path / "servers"
+        home = tmp_path / SERVERS
         return Borrower(settings, weights, probing, connect, linger_s, home, Counter(), lambda line: None)
 
     yield borrower
-    stop_all(tmp_path / "servers")
+    stop_all(tmp_path / SERVERS)
 
 
 def said(server: Borrowed) -> str:
@@ -107,7 +108,7 @@ def gone(number: int) -> bool:
 
 
 def keeper(folder: Path) -> State:
-    fields = json.loads(next((folder / "servers").glob("*.json")).read_text())
+    fields = json.loads(next((folder / SERVERS).glob("*.json")).read_text())
     return State(**fields)
 
 
@@ -189,7 +190,7 @@ def test_when_nobody_has_used_it_for_so_long_it_is_gone(make: Make, tmp_path: Pa
         time.sleep(1.5)
         assert not gone(number)
     assert until(lambda: gone(number) and gone(owner))
-    assert not list((tmp_path / "servers").glob("*.json"))
+    assert not list((tmp_path / SERVERS).glob("*.json"))
 
 
 STAGE = """
@@ -203,7 +204,8 @@ folder, model = Path(sys.argv[1]), sys.argv[2]
 settings = ServerSettings(model, folder / "log", command=sys.argv[4:], grace_s=2.0,
                           arguments=["--load-s", sys.argv[3]], environment={"CALLS": str(folder / "calls")})
 weights = served_weights(model, lambda path: "1")
-with Borrower(settings, weights, Probing(None, 1.0), print, 1.0, folder / "servers", Counter()).borrow():
+home = folder / ".work/servers"
+with Borrower(settings, weights, Probing(None, 1.0), print, 1.0, home, Counter()).borrow():
     (folder / "up").touch()
     sys.stdin.read()
 """
@@ -250,7 +252,7 @@ def test_a_fresh_start_that_disagrees_is_an_error_with_figures_and_leaves_nothin
         make(checkpoint(tmp_path / "r1", -1.0), OFF="0.3").borrow(),
     ):
         pass
-    assert not list((tmp_path / "servers").glob("*.json"))
+    assert not list((tmp_path / SERVERS).glob("*.json"))
 
 
 def test_a_start_that_fails_says_what_a_server_says_and_leaves_nothing(make: Make, tmp_path: Path) -> None:
@@ -261,7 +263,7 @@ def test_a_start_that_fails_says_what_a_server_says_and_leaves_nothing(make: Mak
             make(folder, "--fail").borrow(),
         ):
             pass
-    assert not list((tmp_path / "servers").glob("*.json"))
+    assert not list((tmp_path / SERVERS).glob("*.json"))
 
 
 def test_a_server_that_dies_in_use_comes_back_with_the_weights_it_had(make: Make, tmp_path: Path) -> None:
@@ -288,11 +290,18 @@ def test_a_keeper_that_is_killed_takes_the_server_with_it_and_the_next_stage_sta
         assert said(server) == "-1" and pid(server) != number
 
 
-def test_all_can_be_ended_at_once(make: Make, tmp_path: Path) -> None:
+def test_longview_down_ends_them(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.commands.servers import down
+
+    monkeypatch.setenv("LONGVIEW_ROOT", str(tmp_path))
     with make(checkpoint(tmp_path / "r1", -1.0)).borrow() as server:
         number = pid(server)
-    assert stop_all(tmp_path / "servers") == 1 and gone(number)
-    assert stop_all(tmp_path / "servers") == 0
+    down()
+    assert gone(number) and capsys.readouterr().out.split() == ["vllm", "1", "stopped"]
+    down()
+    assert "no servers" in capsys.readouterr().out
 
 
 def test_an_adapter_is_loaded_under_a_name_of_its_own_and_the_old_one_let_go(
