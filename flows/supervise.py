@@ -5,7 +5,7 @@
 `kill -9` of the flow leaves its children running: a stage would then train on, beside the one that a second
 run starts. So between the flow and `dvc` stands this process. It ends the whole tree below it when its parent
 is gone, when it is told to stop (SIGTERM), or when the command itself ends and leaves processes behind; then
-a server that is to wait for the next stage stays (models/engines/lingering.py: it ends itself).
+a server that is to wait for the next stage stays (models/engines/keeper.py: it ends itself).
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def in_worker(role: Role, e: EngineParams, model: str, images: ImageSource | Pat
 
 def stop_lingering(folder: Path) -> int:
     """End the servers that wait for another stage; returns how many there were."""
-    from models.engines.lingering import stop_all
+    from models.engines.keeper import stop_all
 
     return stop_all(folder)
 

@@ -4,10 +4,9 @@
     with borrower.borrow() as server:
         engine = OpenAIEngine(server.url, server.model, revive=server.revive)
 
-A keeper, a process of its own, owns the server (models.engines.server). Whoever uses it holds a lock on a
-file, which the kernel releases however the user ends: shared to use it, exclusive to start it or to change
-its weights. When nobody has held the lock for linger_s the keeper ends the server and itself. `stop_all` ends
-all of a folder.
+A keeper, a process of its own, owns the server (models.engines.keeper). Whoever uses it holds a lock: shared
+to use it, exclusive to start it or to change its weights. New weights are trusted if the log-probs of their
+probe say so; else the server is started again.
 """
 
 from __future__ import annotations
@@ -17,19 +16,17 @@ import fcntl
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from models.engines.base import Engine, EngineError
+from models.engines.keeper import Files, Lease, State, end, start_keeper, with_weights
 from models.engines.process import POLL_S, Report, say
 from models.engines.server import Server, ServerSettings
 from models.engines.weights import (
@@ -37,7 +34,6 @@ from models.engines.weights import (
     EXTENSION_FOLDER,
     PLAIN_RELOAD,
     RELOAD,
-    Adapter,
     Probing,
     Weights,
     swap,
@@ -46,8 +42,6 @@ from models.probe import FILE as PROBE_FILE
 
 SERVED_NAME = "longview"
 """What the server calls its model, whatever its weights."""
-MARK = "LONGVIEW_LINGERS"
-"""In the environment of a keeper and all below it: flows/supervise.py leaves them alone when a stage ends."""
 ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
 OURS = ("--host", "--port", "--model", "--served-model-name")
 """Arguments that nobody else may give: development mode is for loopback only."""
@@ -55,81 +49,6 @@ SETTLE_S = 2.0
 """Longer than a keeper that looks whether anybody is there holds the lock."""
 WEIGHTS_SUFFIXES = (".safetensors", ".safetensors.index.json")
 ALWAYS_MINE = ("CUDA_VISIBLE_DEVICES", "VLLM_")
-KEEPER = (
-    "import sys; sys.path[:] = sys.argv[1].split(':'); from models.engines.lingering import _keep; _keep()"
-)
-
-
-@dataclass(frozen=True)
-class State:
-    """What a keeper and its users know of a server. started: psutil's create_time of the keeper; url: empty
-    while it is loading."""
-
-    pid: int
-    started: float
-    weights: Weights
-    linger_s: float
-    url: str = ""
-
-    def alive(self) -> bool:
-        """Whether the keeper is."""
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE
-        return False
-
-
-@dataclass(frozen=True)
-class Files:
-    """Of one server, by what it is: same command, arguments, environment and architecture."""
-
-    home: Path
-    key: str
-
-    def __getitem__(self, kind: str) -> Path:
-        return self.home / f"{self.key}.{kind}"
-
-    def read(self) -> State | None:
-        """The state of a keeper that is alive."""
-        try:
-            fields = json.loads(self["json"].read_text(encoding="utf-8"))
-            weights = fields.pop("weights")
-            adapter = weights.pop("adapter")
-            state = State(
-                **fields, weights=Weights(**weights, adapter=Adapter(**adapter) if adapter else None)
-            )
-        except (OSError, ValueError, TypeError, LookupError):
-            return None
-        return state if state.alive() else None
-
-    def write(self, state: State) -> None:
-        """Whole or not at all."""
-        part = self[f"{os.getpid()}.part"]
-        part.write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        part.replace(self["json"])
-
-
-class Lease:
-    """The lock of one server. It ends with the block, or with the process."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a")
-
-    def take(self, how: int) -> bool:
-        """fcntl.LOCK_EX, LOCK_SH or LOCK_UN, at once or not at all; a lock that is held is let go for
-        another."""
-        try:
-            fcntl.flock(self._file, how | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
 
 
 @dataclass
@@ -189,7 +108,7 @@ class Borrower:
         self.report(
             f"{self.weights.model}: the lingering server is in use with other weights; starting another"
         )
-        with Server(_with(self.settings, self.weights), self.report) as server:
+        with Server(with_weights(self.settings, self.weights), self.report) as server:
             self.probing.check(self.connect(server.url, self.model))
             yield Borrowed(server.url, self.model, server.revive)
 
@@ -203,7 +122,7 @@ class Borrower:
                     return state
             elif lease.take(fcntl.LOCK_SH):
                 state_now = self.files.read()
-                if state_now is not None and state_now.url and state_now.weights == self.weights:
+                if state_now is not None and state_now.url and state_now.weights.same(self.weights):
                     return state_now
                 lease.take(fcntl.LOCK_UN)
                 mismatch_since = mismatch_since or time.monotonic()
@@ -219,7 +138,7 @@ class Borrower:
         if state is not None:
             why = self._adopt(state)
             if why is None:
-                state = replace(state, weights=self.weights, linger_s=self.linger_s)
+                state = replace(state, weights=self.weights, linger_s=self.linger_s, changing=False)
                 self.files.write(state)
                 return state
             self.swaps["restarts"] += 1
@@ -237,7 +156,9 @@ class Borrower:
         """Make a running server serve our weights; why it cannot be trusted to, if so."""
         probing = self.probing
         try:
-            if state.weights == self.weights:
+            if state.changing:
+                return "a stage that changed its weights was killed meanwhile"
+            if state.weights.same(self.weights):
                 probing.check(self.connect(state.url, self.model))
                 return None
             if probing.probe is None:
@@ -246,6 +167,7 @@ class Borrower:
                 return f"{self.weights.model} is not a folder that it could reload"
             old = state.weights.adapter.name if state.weights.adapter else SERVED_NAME
             before = probing.distance(self.connect(state.url, old))
+            self.files.write(replace(state, changing=True))
             swap(state.url, state.weights, self.weights, self.method)
             after = probing.distance(self.connect(state.url, self.model))
         except EngineError as error:
@@ -264,29 +186,7 @@ class Borrower:
 
     def _start(self) -> State:
         """A keeper, and its server once it is ready. Raises EngineError as Server.start does."""
-        for kind in ("json", "error", "log"):
-            self.files[kind].unlink(missing_ok=True)
-        job = {
-            "home": str(self.home),
-            "key": self.files.key,
-            "settings": {**asdict(self.settings), "log": str(self.settings.log)},
-            "weights": asdict(self.weights),
-            "linger_s": self.linger_s,
-        }
-        environment = {name: value for name, value in os.environ.items() if name != "DVC_STAGE"}
-        with self.files["log"].open("ab") as log:
-            keeper = subprocess.Popen(
-                [sys.executable, "-P", "-c", KEEPER, ":".join(sys.path)],
-                env={**environment, MARK: "1"},
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        assert keeper.stdin is not None
-        with contextlib.suppress(BrokenPipeError), keeper.stdin as told:
-            told.write(json.dumps(job).encode())
-        return self._await(keeper.pid)
+        return self._await(start_keeper(self.files, self.settings, self.weights, self.linger_s))
 
     def _await(self, pid: int) -> State:
         """Until a keeper's server is ready; what it says is reported."""
@@ -309,117 +209,6 @@ class Borrower:
         if not state.alive():
             why = _text(self.files["error"]) or f"its keeper was ended (see {self.files['log']})"
             raise EngineError(f"the server is gone: {why}")
-
-
-def end(state: State) -> None:
-    """Returns when the keeper and its server are gone."""
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(state.pid)
-        if process.create_time() != state.started:
-            return
-        family = [process, *process.children(recursive=True)]
-        process.terminate()
-        for left in psutil.wait_procs(family, timeout=60)[1]:
-            with contextlib.suppress(psutil.Error):
-                left.kill()
-
-
-def stop_all(home: Path) -> int:
-    """End the servers of a folder; returns how many there were."""
-    states = [Files(home, path.stem).read() for path in home.glob("*.json")]
-    running = [state for state in states if state is not None]
-    for state in running:
-        end(state)
-    return len(running)
-
-
-def _keep() -> None:
-    """The keeper's whole life."""
-    job = json.load(sys.stdin)
-    told: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: told.append(number))
-    files = Files(Path(job["home"]), job["key"])
-    adapter = job["weights"].pop("adapter")
-    weights = Weights(**job["weights"], adapter=Adapter(**adapter) if adapter else None)
-    settings = ServerSettings(
-        **{**job["settings"], "log": Path(job["settings"]["log"]), "report_every_s": 2.0}
-    )
-    started = psutil.Process().create_time()
-    files.write(State(os.getpid(), started, weights, job["linger_s"]))
-    try:
-        with Lease(files["lock"]) as lease:
-            _Keeper(files, settings, lease, told).run()
-    except _Over:
-        pass
-    except EngineError as error:
-        files["error"].write_text(str(error), encoding="utf-8")
-        sys.exit(1)
-
-
-class _Over(Exception):
-    """Nobody wants the server any more."""
-
-
-class _Keeper:
-    """Owns the server until it is told to end, or nobody has used it for linger_s."""
-
-    def __init__(self, files: Files, settings: ServerSettings, lease: Lease, told: Sequence[int]) -> None:
-        self.files, self.settings, self.lease, self.told = files, settings, lease, told
-        self._used = time.monotonic()
-
-    def run(self) -> None:
-        """Raises EngineError if the server does not start, or dies too often; _Over in the end."""
-        state = self._state()
-        server = Server(_with(self.settings, state.weights), self._say)
-        try:
-            server.start()
-            self.files.write(replace(state, url=server.url))
-            while True:
-                self._go_on()
-                self._look_after(server)
-                time.sleep(POLL_S)
-        finally:
-            server.stop()
-            self.files["json"].unlink(missing_ok=True)
-
-    def _look_after(self, server: Server) -> None:
-        """A server that died is started again with the weights that it had; one that nobody uses is not."""
-        try:
-            server.check()
-        except EngineError:
-            if self.lease.take(fcntl.LOCK_EX):
-                raise
-            server.settings = _with(self.settings, self._state().weights)
-            server.revive()
-
-    def _say(self, line: str) -> None:
-        self._go_on()
-        print(line, flush=True)
-
-    def _go_on(self) -> None:
-        """Raises _Over, with the lock held, when it is time."""
-        if self.told:
-            raise _Over
-        if not self.lease.take(fcntl.LOCK_EX):
-            self._used = time.monotonic()
-        elif time.monotonic() - self._used > self._state().linger_s:
-            raise _Over
-        else:
-            self.lease.take(fcntl.LOCK_UN)
-
-    def _state(self) -> State:
-        state = self.files.read()
-        if state is None or state.pid != os.getpid():  # somebody removed it
-            raise _Over
-        return state
-
-
-def _with(settings: ServerSettings, weights: Weights) -> ServerSettings:
-    """The server's settings with these weights."""
-    adapter = weights.adapter
-    modules = ["--lora-modules", f"{adapter.name}={adapter.path}"] if adapter else []
-    return replace(settings, model=weights.model, arguments=[*settings.arguments, *modules])
 
 
 def _import_path(settings: ServerSettings) -> dict[str, str]:

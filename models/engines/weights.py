@@ -69,6 +69,11 @@ class Weights:
         """Where the probe lies."""
         return Path(self.adapter.path if self.adapter else self.model)
 
+    def same(self, other: Weights) -> bool:
+        """Wherever they lie."""
+        names = [weights.adapter and weights.adapter.name for weights in (self, other)]
+        return self.version == other.version and names[0] == names[1]
+
 
 def served_weights(checkpoint: str, fingerprint: Callable[[str], str]) -> Weights:
     """The weights of a checkpoint folder, a folder with a LoRA adapter as peft writes it, or a hub id.

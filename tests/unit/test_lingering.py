@@ -21,7 +21,8 @@ import psutil
 import pytest
 
 from models.engines.base import Completion, EngineError, Request, Sampling
-from models.engines.lingering import Borrowed, Borrower, State, stop_all
+from models.engines.keeper import State, stop_all
+from models.engines.lingering import Borrowed, Borrower
 from models.engines.openai import ClientSettings, OpenAIEngine
 from models.engines.server import ServerSettings
 from models.engines.weights import Disagreement, Probing, served_weights
@@ -141,6 +142,34 @@ def test_a_server_that_has_the_weights_is_simply_used(make: Make, tmp_path: Path
     with borrower.borrow() as server:
         assert pid(server) == first
     assert not borrower.swaps and calls(tmp_path) == []
+
+
+def test_the_same_weights_at_another_place_are_the_same(make: Make, tmp_path: Path) -> None:
+    with make(checkpoint(tmp_path / "r1", -1.0)).borrow() as server:
+        first = pid(server)
+    borrower = make(checkpoint(tmp_path / "copy", -1.0))
+    with borrower.borrow() as server:
+        assert pid(server) == first
+    assert not borrower.swaps and calls(tmp_path) == []
+
+
+def test_a_server_left_in_the_middle_of_a_change_is_not_trusted(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder = checkpoint(tmp_path / "r1", -1.0, probe=False)
+    with make(folder).borrow() as server:
+        first = pid(server)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("models.engines.lingering.swap", killed)
+        with make(checkpoint(tmp_path / "r2", -2.0)).borrow():
+            pass
+    borrower = make(folder)
+    with borrower.borrow() as server:
+        assert pid(server) != first and said(server) == "-1"
+    assert borrower.swaps == {"restarts": 1}
 
 
 def test_a_reload_that_the_probe_finds_wrong_is_followed_by_a_restart(make: Make, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from flows.supervise import LINGERS
-from models.engines.lingering import MARK
+from models.engines.keeper import MARK
 from tests.support.imports import REPOSITORY
 
 STAGE = """
