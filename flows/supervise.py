@@ -4,7 +4,8 @@
 
 `kill -9` of the flow leaves its children running: a stage would then train on, beside the one that a second
 run starts. So between the flow and `dvc` stands this process. It ends the whole tree below it when its parent
-is gone, when it is told to stop (SIGTERM), or when the command itself ends and leaves processes behind.
+is gone, when it is told to stop (SIGTERM), or when the command itself ends and leaves processes behind; then
+a server that is to wait for the next stage stays (models/engines/keeper.py: it ends itself).
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ import signal
 import subprocess
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import psutil
 
 POLL_S = 0.2
 GRACE_S = 10.0
+LINGERS = "LONGVIEW_LINGERS"
+"""In the environment of a server that may outlive its stage."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -40,7 +47,7 @@ def main() -> int:
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = process.wait(timeout=POLL_S)
-            _end_descendants()
+            _end_descendants(spare_lingering=True)
             return status if status >= 0 else 128 - status
         if stopping or os.getppid() != parent:
             _end_descendants()
@@ -58,17 +65,37 @@ def _prctl(option: int, value: int = 1) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-def _end_descendants() -> None:
+def _end_descendants(spare_lingering: bool = False) -> None:
     """First politely, so that a stage can flush its journal; then by force."""
     import psutil
 
     for sign in (signal.SIGTERM, signal.SIGKILL):
         left = psutil.Process().children(recursive=True)
+        if spare_lingering:
+            lingering = {child for child in left if _lingers(child)}
+            below = {child for keeper in lingering for child in _children(keeper)}
+            left = [child for child in left if child not in lingering | below]
         for child in left:
             with contextlib.suppress(psutil.Error):
                 child.send_signal(sign)
         if left:
             psutil.wait_procs(left, timeout=GRACE_S)
+
+
+def _lingers(process: psutil.Process) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return LINGERS in process.environ()
+    return False
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
 
 
 if __name__ == "__main__":

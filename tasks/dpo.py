@@ -32,8 +32,9 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
     """Publish checkpoint/ and return the run's numbers."""
     from models.agents import reason_prompt
     from models.preference import PreferenceExample, train_preference
+    from models.probe import save_with_probe
     from models.records import read_jsonl, read_questions
-    from models.vlm import load, save
+    from models.vlm import load
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     pairs = [
@@ -57,7 +58,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
             roles.DATA,
             report,
         )
-    save(model, processor, stage.out / "checkpoint")
+    save_with_probe(model, processor, stage.out / "checkpoint")
     stage.generation(
         f"dpo_r{this.t}", stage.out / "checkpoint", round=this.t, parents=[this.parent], kind="reasoning"
     )

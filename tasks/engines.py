@@ -15,14 +15,15 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.engines.openai import ClientSettings, OpenAIEngine
-from models.engines.vllm import VLLMEngine, WorkerSettings, worker_command
+from models.engines.openai import OpenAIEngine
+from models.engines.vllm import VLLMEngine
 from models.engines.watched import Prices
 from tasks import params
 from tasks.stage import WORK, StageRun
@@ -56,7 +57,9 @@ class EngineParams:
     key. timeout_s: of one call; with vllm, of silence with requests under way. patience_s: how long a server
     may be away. seeded: send seeds. ahead: a judge works behind sampling, question by question (tasks.ahead);
     its engine then stands beside the sampling one. error_budget: share of the requests that may be given up
-    on. prices: of a million tokens, for an estimate.
+    on. prices: of a million tokens, for an estimate. linger_s: how long a launched server waits for the next
+    stage that wants it (tasks.served). probe_tolerance: mean difference a token, in nats, between the
+    log-probs of vLLM and of the trainer; None: by --dtype.
     """
 
     kind: Literal["local", "openai", "vllm", "fake"] = "local"
@@ -74,6 +77,8 @@ class EngineParams:
     ahead: bool = False
     error_budget: float = 0.05
     prices: Prices | None = None
+    linger_s: float = 0.0
+    probe_tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -88,6 +93,12 @@ class EngineParams:
             raise ValueError(f"launch and url are for `kind: openai`, not for {self.kind}")
         if self.kind not in ("openai", "vllm") and self.model is not None:
             raise ValueError(f"model is for `kind: openai` and `kind: vllm`, not for {self.kind}")
+        if self.linger_s < 0 or (self.linger_s and not self.launch):
+            raise ValueError(
+                f"linger_s: seconds that a server of `launch: true` waits, found {self.linger_s}"
+            )
+        if self.probe_tolerance is not None and not self.probe_tolerance > 0:
+            raise ValueError(f"probe_tolerance: expected a number above 0, found {self.probe_tolerance}")
 
     @property
     def interpreter(self) -> str:
@@ -150,8 +161,9 @@ def open_engine(
     from models.journal import Journal
 
     e = engine_params(role)
+    swaps: Counter[str] = Counter()
     with ExitStack() as opened:
-        engine = opened.enter_context(_engine(role, e, e.model or str(checkpoint), questions, images))
+        engine = opened.enter_context(_engine(role, e, e.model or str(checkpoint), questions, images, swaps))
         watched = WatchedEngine(engine, ErrorBudget(e.error_budget))
         if engine.independent:
             path = _judged(role, checkpoint, e) if role in JUDGES else stage.scratch / f"{role}.journal"
@@ -159,13 +171,20 @@ def open_engine(
             yield JournalledEngine(watched, journal)
         else:
             yield watched
-        _report(role, e, engine, watched.throughput, stage)
+        _report(role, e, engine, watched.throughput, swaps, stage)
 
 
 @contextmanager
 def _engine(
-    role: Role, e: EngineParams, model: str, questions: Sequence[Question], images: ImageSource | Path
+    role: Role,
+    e: EngineParams,
+    model: str,
+    questions: Sequence[Question],
+    images: ImageSource | Path,
+    swaps: Counter[str],
 ) -> Iterator[Engine]:
+    from tasks.served import in_worker, served
+
     if e.kind == "local":
         from models.engines.local import LocalEngine
 
@@ -175,7 +194,10 @@ def _engine(
 
         yield FakeEngine(batch_size=e.capacity)
     else:
-        with _vllm(role, e, model, images) if e.kind == "vllm" else _served(role, e, model, images) as engine:
+        opened: AbstractContextManager[Engine] = (
+            in_worker(role, e, model, images) if e.kind == "vllm" else served(role, e, model, images, swaps)
+        )
+        with opened as engine:
             if questions:
                 _try_out(role, engine, questions)
             yield engine
@@ -196,11 +218,13 @@ def _judged(role: Role, checkpoint: str | Path, e: EngineParams) -> Path:
     return home / f"{key}.journal"
 
 
-def _report(role: Role, e: EngineParams, engine: Engine, done: Throughput, stage: StageRun) -> None:
+def _report(
+    role: Role, e: EngineParams, engine: Engine, done: Throughput, swaps: Mapping[str, int], stage: StageRun
+) -> None:
     """The throughput on stderr and in MLflow; not in the output, which is to be the same every time."""
     retries = _retries(engine)
     line, numbers = done.line(e.capacity, retries), done.numbers(e.capacity)
-    numbers["retries"] = sum(retries.values())
+    numbers |= {"retries": sum(retries.values()), **swaps}
     if e.prices is not None:
         numbers["cost"] = done.cost(e.prices)
         line += f", cost about {numbers['cost']:,.2f}"
@@ -213,42 +237,6 @@ def _retries(engine: Engine) -> Mapping[str, int]:
     if isinstance(engine, VLLMEngine):
         return engine.retries
     return engine.counters.retries if isinstance(engine, OpenAIEngine) else {}
-
-
-@contextmanager
-def _served(role: Role, e: EngineParams, model: str, images: ImageSource | Path) -> Iterator[OpenAIEngine]:
-    from models.engines.server import Server, ServerSettings, await_running, vllm_command
-
-    client = ClientSettings(
-        api_key_env=e.api_key_env, timeout_s=e.timeout_s, patience_s=e.patience_s, seeded=e.seeded
-    )
-    if e.url is not None:
-        await_running(e.url, e.patience_s)
-        yield OpenAIEngine(e.url, model, images, e.capacity, client)
-        return
-    settings = ServerSettings(
-        model,
-        log=WORK / "logs" / f"server-{role}.log",
-        command=vllm_command(e.interpreter),
-        arguments=e.arguments,
-        environment=e.filled_environment,
-    )
-    with Server(settings) as server:
-        yield OpenAIEngine(server.url, model, images, e.capacity, client, server.revive)
-
-
-@contextmanager
-def _vllm(role: Role, e: EngineParams, model: str, images: ImageSource | Path) -> Iterator[VLLMEngine]:
-    settings = WorkerSettings(
-        log=WORK / "logs" / f"vllm-{role}.log",
-        command=worker_command(e.interpreter),
-        arguments=e.arguments,
-        environment=e.filled_environment,
-        silence_s=e.timeout_s,
-        seeded=e.seeded,
-    )
-    with VLLMEngine(model, images, e.capacity, settings) as engine:
-        yield engine
 
 
 def _try_out(role: Role, engine: Engine, questions: Sequence[Question]) -> None:

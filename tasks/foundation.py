@@ -53,6 +53,7 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
 
     from models.images import data_and_instruct_images
     from models.mimicit import general_conversations
+    from models.probe import carry_over, save_with_probe
     from models.vlm import Encoder, load, save
 
     set_seed(seed)
@@ -73,12 +74,13 @@ def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]
                 model, encoder = _new_model(p, seed, instruct, images, stage)
                 processor = encoder.processor
             numbers[role] = _train(role, model, encoder, conversations, budget, seed, stage)
-            save(model, processor, kept)
+            save_with_probe(model, processor, kept)
             (kept / "done").write_text(_dump(numbers[role]))
         numbers[role] = _read(kept / "done")
     for role in ("base", "generator"):
         model, processor = load(stage.scratch / role)
         save(model, processor, stage.out / role)
+        carry_over(stage.scratch / role, stage.out / role)
         stage.generation(
             role, stage.out / role, round=None, parents=[] if role == "base" else ["base"], kind=role
         )

@@ -35,6 +35,7 @@ class Params:
 def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun) -> dict[str, Any]:
     """Publish checkpoint/ (for a model judge of our own) and judge.json; returns the numbers of its training
     and its agreement."""
+    from models.probe import carry_over, save_with_probe
     from models.vlm import load, save
 
     numbers: dict[str, Any] = {}
@@ -44,12 +45,13 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
         if not (kept / "done").exists():
             model, processor = load(foundation / "generator")
             training = _train(model, processor, p, seed, instruct, stage) if p.train else None
-            save(model, processor, kept)
+            (save_with_probe if p.train else save)(model, processor, kept)
             (kept / "done").write_text(json.dumps(training), encoding="utf-8")
         if training := json.loads((kept / "done").read_text(encoding="utf-8")):
             numbers["training"] = training
         model, processor = load(kept)
         save(model, processor, stage.out / "checkpoint")
+        carry_over(kept, stage.out / "checkpoint")
         stage.generation("judge", stage.out / "checkpoint", round=None, parents=["generator"], kind="judge")
     if (instruct / "graded.jsonl").stat().st_size:  # boards take part
         numbers["agreement"] = held_out_agreement(p, seed, stage)

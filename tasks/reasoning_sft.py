@@ -35,9 +35,10 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     from models.agents import reason_prompt
     from models.images import data_and_instruct_images
     from models.mimicit import general_conversations
+    from models.probe import save_with_probe
     from models.records import read_paths, read_questions
     from models.training import train_sft
-    from models.vlm import Conversation, load, save
+    from models.vlm import Conversation, load
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     conversations = []
@@ -51,7 +52,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
         numbers = train_sft(
             model, processor, conversations, p.budget, stage.scratch / "steps", seed, images, report
         )
-    save(model, processor, stage.out / "checkpoint")
+    save_with_probe(model, processor, stage.out / "checkpoint")
     stage.generation("reasoning_sft", stage.out / "checkpoint", round=0, parents=["base"], kind="reasoning")
     return numbers
 

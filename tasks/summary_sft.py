@@ -50,8 +50,9 @@ def conversations(p: Params, seed: int) -> list[Any]:
 def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     """Publish checkpoint/ and return the run's numbers."""
     from models.images import data_and_instruct_images
+    from models.probe import save_with_probe
     from models.training import train_sft
-    from models.vlm import load, save
+    from models.vlm import load
 
     model, processor = load(BASE)
     images = data_and_instruct_images(roles.DATA, INSTRUCT)
@@ -59,7 +60,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
         numbers = train_sft(
             model, processor, conversations(p, seed), p.budget, stage.scratch / "steps", seed, images, report
         )
-    save(model, processor, stage.out / "checkpoint")
+    save_with_probe(model, processor, stage.out / "checkpoint")
     stage.generation("summary_sft", stage.out / "checkpoint", round=None, parents=["base"], kind="summary")
     return numbers
 

@@ -1,5 +1,7 @@
 """`longview up` and `longview down`: the Prefect and MLflow servers of this checkout, on loopback.
 
+`down` also ends vLLM servers that wait for another stage (`linger_s`, docs/engines.md).
+
 longview up
 """
 
@@ -55,7 +57,9 @@ def up() -> None:
 
 
 def down() -> None:
-    """Stop the servers that `longview up` started. Running it again changes nothing.
+    """Stop the servers that `longview up` started, and vLLM servers that wait for another stage.
+
+    Running it again changes nothing.
 
     Example:
 
@@ -68,9 +72,18 @@ def down() -> None:
         if alive:
             _end(int(str(entry["pid"])))
         typer.echo(f"{name:8} {'stopped' if alive else 'was not running'}")
-    if not entries:
+    lingering = _stop_lingering(base)
+    if lingering:
+        typer.echo(f"vllm     {lingering} stopped")
+    if not entries and not lingering:
         typer.echo("no servers of this checkout are running")
     work("servers.json", base=base).unlink(missing_ok=True)
+
+
+def _stop_lingering(base: Path) -> int:
+    from tasks.served import SERVERS, stop_lingering
+
+    return stop_lingering(base / SERVERS) if (base / SERVERS).is_dir() else 0
 
 
 def command(server: Server, port: int, base: Path) -> list[str]:

@@ -32,7 +32,8 @@ class Request:
 
     key: what is asked for (record, sample, step); unique among the requests under way. schema: the JSON
     schema that the text must follow, where the engine can constrain its decoding. goes_on: a later prompt
-    begins with this one and its text, so that what was computed for them is worth keeping.
+    begins with this one and its text, so that what was computed for them is worth keeping. log_probs: the
+    completion is to be a Scored; only vLLM can.
     """
 
     key: str
@@ -40,6 +41,7 @@ class Request:
     sampling: Sampling
     schema: Mapping[str, Any] | None = None
     goes_on: bool = False
+    log_probs: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,13 @@ class Completion:
     finished: bool
     prompt_tokens: int = 0
     cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Scored(Completion):
+    """A completion with (token id, log-prob) of every token of its prompt but the first."""
+
+    prompt_log_probs: Sequence[tuple[int, float]] = ()
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 import orjson
 
-from models.engines.base import Completion, EngineError, Failure, Reply, Request
+from models.engines.base import Completion, EngineError, Failure, Reply, Request, Scored
 from models.engines.http import HEAD_BYTES, Address, Answer, Connection, Unreachable, retry_after_s
 from models.engines.pictures import Pictures
 from models.images import ImageError, ImageSource
@@ -342,6 +342,8 @@ def payload(
     if request.schema is not None:
         form = {"name": "reply", "strict": True, "schema": dict(request.schema)}
         fields["response_format"] = {"type": "json_schema", "json_schema": form}
+    if request.log_probs:
+        fields["prompt_logprobs"] = 0  # of the prompt's own tokens alone
     return fields | dict(settings.extra)
 
 
@@ -372,7 +374,23 @@ def completion(body: bytes) -> Completion:
     if any(type(count) not in (int, type(None)) or (count or 0) < 0 for count in counts):
         raise ValueError("token counts are not numbers")
     tokens, prompt_tokens, cached = (count or 0 for count in counts)
-    return Completion(text, tokens, reason == "stop", prompt_tokens, cached)
+    finished = reason == "stop"
+    if answer.get("prompt_logprobs"):
+        return Scored(text, tokens, finished, prompt_tokens, cached, _log_probs(answer["prompt_logprobs"]))
+    return Completion(text, tokens, finished, prompt_tokens, cached)
+
+
+def _log_probs(positions: Sequence[Mapping[str, Any] | None]) -> list[tuple[int, float]]:
+    """vLLM's form: at each position {token id: {"logprob": ...}}, at the first one null."""
+    try:
+        return [
+            (int(token), float(said["logprob"]))
+            for position in positions
+            if position
+            for token, said in position.items()
+        ]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"log-probs of the prompt: {type(error).__name__}: {error}") from None
 
 
 def _api_key(variable: str | None) -> str:

@@ -58,6 +58,8 @@ class Pictures:
         return part
 
     def _data_url(self, name: str) -> str:
+        if name.startswith("data:image/"):  # the picture itself
+            return name
         if not callable(self._images):
             return data_url(read_image(self._images, name), name)
         try:

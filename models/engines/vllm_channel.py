@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import orjson
 
-from models.engines.base import Completion, EngineError, Failure, Reply, Request
+from models.engines.base import Completion, EngineError, Failure, Reply, Request, Scored
 from models.engines.openai import DETAIL_CHARS, chat
 from models.engines.pictures import Pictures
 from models.engines.process import POLL_S, OwnProcess
@@ -168,6 +168,8 @@ def payload(number: int, request: Request, seeded: bool) -> dict[str, Any]:
     }
     if seeded and s.temperature > 0:
         sampling["seed"] = s.seed
+    if request.log_probs:
+        sampling["prompt_logprobs"] = 0  # of the prompt's own tokens alone
     return {
         "id": number,
         "messages": chat(request.prompt, []),
@@ -183,6 +185,9 @@ def reply_in(line: bytes) -> tuple[int, Reply]:
     number: int = said.pop("id")
     if "failed" in said:
         return number, Failure(said["failed"], shown(said["detail"]))
+    if "prompt_log_probs" in said:
+        said["prompt_log_probs"] = [(token, value) for token, value in said["prompt_log_probs"]]
+        return number, Scored(**said)
     return number, Completion(**said)
 
 

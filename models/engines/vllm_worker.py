@@ -9,7 +9,8 @@ not ours: it imports vLLM and the standard library. Arguments are those of vLLM'
     {"id": 1, "messages": [...], "images": ["a.png"], "sampling": {"max_tokens": 64, ...}, "schema": {...}}
     {"forget": "a.png"}    {"cancel": 1}
 
-(the images stand before the first message's text), and it says
+(the images stand before the first message's text; with `--adapter NAME=FOLDER` a LoRA adapter answers), and
+it says
 
     {"ready": "0.32.0"}
     {"id": 1, "text": "...", "finished": true, "tokens": 9, "prompt_tokens": 200, "cached_tokens": 192}
@@ -64,7 +65,7 @@ def take_the_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 async def serve(arguments: list[str], requests: BinaryIO, replies: BinaryIO) -> None:
     """Until nobody asks any more."""
-    worker = Worker(open_engine(arguments), replies)
+    worker = Worker(*open_engine(arguments), replies)
     import vllm
 
     lines = asyncio.StreamReader(limit=LINE_BYTES)
@@ -76,15 +77,20 @@ async def serve(arguments: list[str], requests: BinaryIO, replies: BinaryIO) -> 
     worker.engine.shutdown()
 
 
-def open_engine(arguments: list[str]) -> Any:
-    """vLLM's asynchronous engine; exits with its message for an argument that it does not know."""
+def open_engine(arguments: list[str]) -> tuple[Any, Any]:
+    """vLLM's asynchronous engine, and the LoRARequest of the adapter if there is one; exits with vLLM's
+    message for an argument that it does not know."""
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.lora.request import LoRARequest
     from vllm.utils.argparse_utils import FlexibleArgumentParser
     from vllm.v1.engine.async_llm import AsyncLLM
 
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vLLM's engine"))
+    parser.add_argument("--adapter")
     parsed = parser.parse_args([*DEFAULTS, *arguments])
-    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed))
+    name, _, folder = (parsed.adapter or "").partition("=")
+    adapter = LoRARequest(name, 1, folder) if name else None
+    return AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(parsed)), adapter
 
 
 class Refused(Exception):
@@ -94,8 +100,8 @@ class Refused(Exception):
 class Worker:
     """Takes one line after another; every request is a task of its own."""
 
-    def __init__(self, engine: Any, replies: BinaryIO) -> None:
-        self.engine, self.replies, self.images = engine, replies, Images()
+    def __init__(self, engine: Any, adapter: Any, replies: BinaryIO) -> None:
+        self.engine, self.adapter, self.replies, self.images = engine, adapter, replies, Images()
         self._chat = chat_parameters(engine)
         self._under_way: dict[int, asyncio.Task[None]] = {}
 
@@ -140,7 +146,8 @@ class Worker:
             parameters = sampling_parameters(line["sampling"], line["schema"])
         except Exception as error:
             raise Refused from error
-        async for output in self.engine.generate(prompt, parameters, str(line["id"])):
+        given = {"lora_request": self.adapter} if self.adapter else {}
+        async for output in self.engine.generate(prompt, parameters, str(line["id"]), **given):
             last = output
         return completion(last)
 
@@ -173,13 +180,20 @@ def completion(output: Any) -> dict[str, Any]:
     choice = output.outputs[0]
     if choice.finish_reason not in ("stop", "length"):
         return {"failed": ENGINE_ERROR, "detail": f"vLLM ended it: {choice.finish_reason}"}
+    scored = {"prompt_log_probs": log_probs(output.prompt_logprobs)} if output.prompt_logprobs else {}
     return {
+        **scored,
         "text": choice.text,
         "finished": choice.finish_reason == "stop",
         "tokens": len(choice.token_ids),
         "prompt_tokens": len(output.prompt_token_ids or ()),
         "cached_tokens": output.num_cached_tokens or 0,
     }
+
+
+def log_probs(positions: Any) -> list[tuple[int, float]]:
+    """(token id, log-prob) of the prompt's tokens; vLLM has none for the first."""
+    return [(token, said.logprob) for position in positions if position for token, said in position.items()]
 
 
 def failure(error: Exception) -> dict[str, Any]:

@@ -108,11 +108,13 @@ def test_nothing_is_left_in_scratch(workspace: Path) -> None:
         "rounds/r1/dpo/checkpoint",
     ],
 )
-def test_every_checkpoint_loads(workspace: Path, checkpoint: str) -> None:
+def test_every_checkpoint_loads_and_says_what_its_probe_says(workspace: Path, checkpoint: str) -> None:
+    from models.probe import read_probe, take
     from models.vlm import load
 
     model, processor = load(workspace / "artifacts" / checkpoint)
     assert len(processor.tokenizer) == model.config.get_text_config().vocab_size
+    assert take(model, processor) == read_probe(workspace / "artifacts" / checkpoint)
     assert {p.suffix for p in (workspace / "artifacts" / checkpoint).iterdir()} <= {
         ".json",
         ".safetensors",

@@ -11,19 +11,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.mock_server import MockServer
+from tasks.served import SERVERS, stop_lingering
+from tasks.stage import StageRun
+from tests.support import stand_in_vllm
 from tests.support.fake_boards import contents, make_workspace, stand_in
 from tests.support.imports import REPOSITORY
 
 GENERATOR = "artifacts/foundation/generator"
 OUT = Path("artifacts/generate")
 STAGE = [sys.executable, "-m", "tasks.generate"]
+SERVER = stand_in_vllm.__file__
 
 
 @pytest.fixture
@@ -83,7 +87,13 @@ def test_what_is_answered_survives_a_move_of_the_server(workspace: Path, server:
 
     here = EngineParams("openai", url="http://a/v1", model="m")
     there = EngineParams("openai", url="http://b/v1", model="m", capacity=9, patience_s=1.0)
-    assert here.identity == there.identity != EngineParams("openai", url="http://a/v1", model="n").identity
+    ours = EngineParams("openai", launch=True, model="m", linger_s=60, probe_tolerance=0.5)
+    assert (
+        ours.identity
+        == here.identity
+        == there.identity
+        != EngineParams("openai", url="http://a/v1", model="n").identity
+    )
     assert EngineParams(capacity=8).identity != EngineParams(capacity=9).identity
 
 
@@ -192,6 +202,49 @@ def test_killed_with_vllm_it_asks_only_what_is_missing(own: Path, monkeypatch: p
     assert asked() - everything - sent <= everything - sent + canary + under_way
 
 
+class Recorded(StageRun):
+    """A stage that keeps what it tells MLflow."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__("sample", folder / "out", folder / "scratch", None)
+        self.logged: dict[str, float] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.logged |= metrics
+
+
+def test_reloads_and_restarts_of_a_server_that_lingers_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from tasks.engines import open_engine
+
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {SERVER} "$@"\n')
+    python.chmod(0o755)
+    options = {"launch": True, "python": str(python), "linger_s": 60, "environment": {"CALLS": "calls"}}
+    set_up(tmp_path, monkeypatch, {"kind": "openai", **options})
+    counted = []
+    try:
+        for round, weights in enumerate((-1.0, -2.0, -2.0)):
+            folder, stage = stand_in_vllm.checkpoint(tmp_path / f"r{round}", weights), Recorded(tmp_path)
+            if round == 2:
+                (folder / "probe.json").unlink()
+            with open_engine("generator", folder, [], stage):
+                pass
+            counted.append([stage.logged[f"engine/generator/{name}"] for name in ("reloads", "restarts")])
+    finally:
+        stop_lingering(SERVERS)
+    assert counted == [[0, 0], [1, 0], [0, 1]]
+    said = capfd.readouterr()
+    assert "r2 has no probe of its training" in said.err and "weights reloaded" in said.out
+
+
+def test_an_engine_that_cannot_say_whose_weights_it_serves_is_not_used(own: Path) -> None:
+    stand_in_vllm.write_probe(Path(GENERATOR), -1.0)
+    ended = generate()
+    assert ended.returncode != 0 and "says no log-probs of the prompt" in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
@@ -204,6 +257,9 @@ def test_killed_with_vllm_it_asks_only_what_is_missing(own: Path, monkeypatch: p
         ({"capacity": 0}, "capacity: expected 1 or more"),
         ({"error_budget": 5}, "error_budget: expected"),
         ({"prices": {"input": 3.0}}, "unknown key 'input'"),
+        ({"kind": "openai", "url": "http://a/v1", "linger_s": 60}, "linger_s: .*`launch: true`"),
+        ({"kind": "openai", "launch": True, "linger_s": -1}, "linger_s: "),
+        ({"kind": "vllm", "probe_tolerance": 0}, "probe_tolerance: expected a number above 0"),
     ],
 )
 def test_an_engine_that_cannot_be_is_named(engine: dict[str, Any], message: str) -> None:

@@ -25,6 +25,10 @@ EXEMPT = {
     "models/engines/http.py": "carries requests to a server as they are",
     "models/engines/process.py": "starts and stops a process",
     "models/engines/server.py": "starts and stops a server",
+    "models/engines/keeper.py": "starts and stops a server",
+    "models/engines/lingering.py": "starts a server, or takes one over",
+    "models/engines/weights.py": "compares what is served with what was trained; no output depends on it",
+    "tasks/served.py": "starts engines and has them checked; what they are asked stands elsewhere",
 }
 DATA_FOLDERS = ("models/prompts",)  # packages whose other files are read at run time: the folder is the dep
 READ = {  # other files that a module reads or runs
