@@ -103,13 +103,18 @@ class Server:
         self.stop()
         self.start()
 
-    def revive(self) -> None:
-        """Start it again if it has died; at most RESTARTS times, then EngineError with the end of its log."""
+    def revive(self, hopeless: bool = False) -> bool:
+        """Start it again if it has died, and say whether it had. hopeless: do not, but raise EngineError with
+        the end of its log."""
         try:
             self.check()
         except EngineError as error:
-            self._process.allow_restart(error)
+            if hopeless:
+                raise
+            self._process.report(f"{error}\nstarting it again")
             self.restart()
+            return True
+        return False
 
     def stop(self) -> None:
         """End the server and all that descends from it. Idempotent."""
