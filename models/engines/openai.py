@@ -8,12 +8,13 @@ reply = await engine.ask(Request("q1/0", prompt, Sampling()))
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ import orjson
 from models.engines.base import Completion, EngineError, Failure, Reply, Request, Scored
 from models.engines.http import HEAD_BYTES, Address, Answer, Connection, Unreachable, retry_after_s
 from models.engines.pictures import Pictures
+from models.engines.suspects import KILLED, RESTARTS, Suspects, prompt_of
 from models.images import ImageError, ImageSource
 from models.vlm import Conversation
 
@@ -105,9 +107,11 @@ class OpenAIEngine:
     or the folder their paths are relative to, whose files are then sent as they are. capacity: calls in
     flight.
 
-    revive: called in a thread while the server does not listen; starts one of our own that has died again.
+    revive: called in a thread while the server does not listen; starts one of our own that has died again and
+    returns True, or, called with True, raises the EngineError that says how it died.
 
     A call that fails is tried again; a request that stays without a reply ends as a Failure of the last kind.
+    When the server is gone, what was under way is asked little by little, until it is known what kills it.
     independent: a server batches calls as they happen to arrive, so repeating a chunk would repeat no text.
     """
 
@@ -120,7 +124,7 @@ class OpenAIEngine:
         images: ImageSource | str | Path = "data",
         capacity: int = 160,
         settings: ClientSettings = ClientSettings(),
-        revive: Callable[[], None] | None = None,
+        revive: Callable[[bool], bool] | None = None,
     ) -> None:
         self.url, self.model, self.capacity, self.settings = url.rstrip("/"), model, capacity, settings
         self._revive = revive
@@ -129,11 +133,14 @@ class OpenAIEngine:
         self._address = Address.of(self.url, "/chat/completions", self._key)
         self._pictures = Pictures(images, settings.image_bytes)
         self._random = random.Random()
+        self._numbers = itertools.count()
+        self._suspects = Suspects()
         self._session: _Session | None = None
 
     async def ask(self, request: Request) -> Reply:
-        """Engine.ask. Raises EngineError if the server refuses the key, cannot be trusted (TLS) or has not
-        listened for patience_s; every later request then fails likewise until `close`."""
+        """Engine.ask. Raises EngineError if the server refuses the key, cannot be trusted (TLS), has not
+        listened for patience_s or dies whatever it is asked; every later request then fails likewise until
+        `close`."""
         if request.prompt.turns[-1][1]:
             raise ValueError("the last turn of a prompt must be open (empty answer)")
         if self._session is None:
@@ -166,10 +173,16 @@ class OpenAIEngine:
         except orjson.JSONEncodeError as error:  # half a surrogate pair, a schema that is no JSON
             return Failure(UNSENDABLE, self._shown(str(error)))
         connection = session.idle.pop() if session.idle else Connection(self._address)
+        number, answered = next(self._numbers), False
         try:
-            return await self._attempts(session, connection, body)
+            reply = await self._attempts(session, connection, number, prompt_of(request), body)
+            answered = isinstance(reply, Completion)
+            return reply
         finally:
             session.idle.append(connection)
+            session.sent.pop(number, None)
+            if self._suspects.left(number, answered):
+                session.wake()
 
     async def _body(self, session: _Session, request: Request) -> bytes:
         """The payload. Images are read in a thread, one after the other, unless they are held already."""
@@ -180,16 +193,26 @@ class OpenAIEngine:
             parts = await loop.run_in_executor(session.reader, self._pictures.read, names)
         return orjson.dumps(payload(request, self.model, parts, self.settings))
 
-    async def _attempts(self, session: _Session, connection: Connection, body: bytes) -> Reply:
+    async def _attempts(
+        self, session: _Session, connection: Connection, number: int, prompt: Hashable, body: bytes
+    ) -> Reply:
         failed = 0
         while True:
-            await session.clear_to_send()
+            await session.clear_to_send(
+                lambda: self._suspects.may_ask(number) or self._suspects.is_deadly(prompt)
+            )
+            if self._suspects.is_deadly(prompt):
+                return KILLED
+            if number not in session.sent:  # what another server did is not counted
+                failed = 0
             try:
+                await connection.open(self.settings.connect_timeout_s)
+                session.sent[number] = prompt
                 return await self._call(connection, body)
             except Unreachable as error:
                 await self._outlast(session, connection, error)
             except EngineError as error:
-                session.dead = error
+                session.end_with(error)
                 raise
             except _Fault as fault:
                 failed += 1
@@ -199,7 +222,6 @@ class OpenAIEngine:
                 await self._back_off(session, fault, failed)
 
     async def _call(self, connection: Connection, body: bytes) -> Completion:
-        await connection.open(self.settings.connect_timeout_s)
         self.counters.calls += 1
         self.counters.in_flight += 1
         began = time.monotonic()
@@ -249,31 +271,46 @@ class OpenAIEngine:
         if not session.reachable.is_set():
             return
         session.reachable.clear()
-        patience_s = self.settings.patience_s
-        LOG.warning("%s cannot be reached (%s): waiting up to %g s", self.url, error, patience_s)
-        began, pause = time.monotonic(), self.settings.backoff_s
+        self._suspects.died(session.sent)
+        session.sent.clear()
         try:
-            while time.monotonic() - began < patience_s:
-                await asyncio.sleep(min(pause, patience_s) * self._random.uniform(0.5, 1))
-                pause = min(2 * pause, PROBE_S)
-                try:
-                    if self._revive is not None:
-                        await asyncio.to_thread(self._revive)
-                    await connection.open(self.settings.connect_timeout_s)
-                except Unreachable as still:
-                    error = still
-                else:
-                    LOG.warning("%s is back after %.0f s", self.url, time.monotonic() - began)
-                    return
-            raise EngineError(
-                f"{self.url} could not be reached for {patience_s:g} s ({error}): start the server, or "
-                "correct its address"
-            )
+            if self._revive is None and (deaths := self._suspects.fruitless) > RESTARTS:
+                raise EngineError(
+                    f"{self.url} has gone {deaths} times in a row without an answer to what it was asked: "
+                    "its log says why"
+                )
+            await self._reach(connection, error)
         except EngineError as hopeless:
-            session.dead = hopeless
+            session.end_with(hopeless)
             raise
         finally:
             session.reachable.set()
+            session.wake()
+
+    async def _reach(self, connection: Connection, error: Unreachable) -> None:
+        """Open the connection as soon as the server listens. Raises EngineError if it does not."""
+        patience_s = self.settings.patience_s
+        LOG.warning("%s cannot be reached (%s): waiting up to %g s", self.url, error, patience_s)
+        began, pause = time.monotonic(), self.settings.backoff_s
+        while time.monotonic() - began < patience_s:
+            await asyncio.sleep(min(pause, patience_s) * self._random.uniform(0.5, 1))
+            pause = min(2 * pause, PROBE_S)
+            started = False
+            try:
+                if self._revive is not None:
+                    started = await asyncio.to_thread(self._revive, self._suspects.hopeless)
+                await connection.open(self.settings.connect_timeout_s)
+            except Unreachable as still:
+                error = still
+                if started:
+                    self._suspects.died({})
+            else:
+                LOG.warning("%s is back after %.0f s", self.url, time.monotonic() - began)
+                return
+        raise EngineError(
+            f"{self.url} could not be reached for {patience_s:g} s ({error}): start the server, or "
+            "correct its address"
+        )
 
     def _shown(self, text: str) -> str:
         """One line without the key."""
@@ -284,8 +321,9 @@ class OpenAIEngine:
 class _Session:
     """What belongs to one event loop: the connections, the requests under way and what they wait for.
 
-    reachable: unset while nothing listens. quiet_until: nothing is sent before that time.monotonic(). dead:
-    why the engine cannot answer any more.
+    reachable: unset while nothing listens. sent: the prompts of what the server that listens has been asked
+    and has not answered. turn: set, and replaced, when others may be asked. quiet_until: nothing is sent
+    before that time.monotonic(). dead: why the engine cannot answer any more.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -296,19 +334,34 @@ class _Session:
         self.reader = ThreadPoolExecutor(1, "images")
         self.reachable = asyncio.Event()
         self.reachable.set()
+        self.sent: dict[int, Hashable] = {}
+        self.turn = asyncio.Event()
         self.quiet_until = 0.0
         self.dead: EngineError | None = None
 
-    async def clear_to_send(self) -> None:
-        """Wait until the server listens and is not to be left alone."""
+    async def clear_to_send(self, may_ask: Callable[[], bool]) -> None:
+        """Wait until the server listens, is not to be left alone, and may be asked this."""
         while True:
             await self.reachable.wait()
             if self.dead is not None:
                 raise EngineError(str(self.dead))
             quiet_s = self.quiet_until - time.monotonic()
-            if quiet_s <= 0:
+            if quiet_s > 0:
+                await asyncio.sleep(quiet_s)
+            elif may_ask():
                 return
-            await asyncio.sleep(quiet_s)
+            else:
+                await self.turn.wait()
+
+    def wake(self) -> None:
+        """Those who wait for their turn look again."""
+        self.turn.set()
+        self.turn = asyncio.Event()
+
+    def end_with(self, error: EngineError) -> None:
+        """Nobody is answered any more."""
+        self.dead = error
+        self.wake()
 
     async def end(self) -> None:
         """Returns when no request is under way, no thread runs and no socket is open."""

@@ -37,8 +37,6 @@ ORPHAN_GRACE_S = 2.0
 UNKILLABLE_S = 5.0
 """The watcher gives up on processes that live this long after SIGKILL."""
 TRACKER_S = 1.0
-RESTARTS = 3
-"""How often a process that dies is started again: what kills it more often is in the requests or settings."""
 LOG_LINES, LOG_BYTES = 30, 1 << 16
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -84,7 +82,6 @@ class OwnProcess:
         self.watcher: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._began = 0.0
-        self._restarts = 0
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str] | None = None, piped: bool = False
@@ -131,14 +128,6 @@ class OwnProcess:
         status = watcher.poll()
         if status is not None:
             raise self.error(f"{self.name} {_ended(status)} after {self.elapsed_s:.0f} s")
-
-    def allow_restart(self, error: EngineError) -> None:
-        """Count a restart and report it, with the error that makes it necessary. Raises that error when there
-        have been RESTARTS."""
-        if self._restarts >= RESTARTS:
-            raise error
-        self._restarts += 1
-        self.report(f"{error}\nstarting it again ({self._restarts} of {RESTARTS})")
 
     def stop(self) -> None:
         """End the process and all that descends from it. Idempotent."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -69,6 +70,7 @@ class Server:
     def __init__(self, settings: ServerSettings, report: Report = say) -> None:
         s = self.settings = settings
         self.port = 0
+        self._reviving = threading.Lock()
         self._process = OwnProcess(
             "the server", s.log, report, s.start_timeout_s, s.grace_s, s.report_every_s
         )
@@ -103,13 +105,19 @@ class Server:
         self.stop()
         self.start()
 
-    def revive(self) -> None:
-        """Start it again if it has died; at most RESTARTS times, then EngineError with the end of its log."""
-        try:
-            self.check()
-        except EngineError as error:
-            self._process.allow_restart(error)
-            self.restart()
+    def revive(self, hopeless: bool = False) -> bool:
+        """Start it again if it has died, and say whether it had. hopeless: do not, but raise EngineError with
+        the end of its log."""
+        with self._reviving:
+            try:
+                self.check()
+            except EngineError as error:
+                if hopeless:
+                    raise
+                self._process.report(f"{error}\nstarting it again")
+                self.restart()
+                return True
+            return False
 
     def stop(self) -> None:
         """End the server and all that descends from it. Idempotent."""

@@ -6,7 +6,8 @@
 
 The same engine as behind vLLM's server, without HTTP: an image is sent once, and named from then on. Its
 process is models/engines/vllm_worker.py: started on entering the block, and again when it dies (what it had
-not answered is then asked again), and left running by `close`.
+not answered is then asked again, little by little, until it is known what kills it: models.engines.suspects),
+and left running by `close`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from models.engines.base import Completion, EngineError, Failure, Reply, Request
 from models.engines.openai import UNSENDABLE
 from models.engines.pictures import Pictures
 from models.engines.process import OwnProcess, Report, say
+from models.engines.suspects import KILLED, Suspects
 from models.engines.vllm_channel import Asked, Channel, settle, shown
 from models.images import ImageSource
 
@@ -96,12 +98,13 @@ class VLLMEngine:
         self._stopping = False
         self._lock = threading.Lock()  # over what follows, which the keeper and the event loop share
         self._waiting: dict[int, Asked] = {}
+        self._suspects = Suspects()
         self._channel: Channel | None = None
         self._dead: EngineError | None = EngineError("vLLM's engine is not running: start it")
 
     def start(self) -> None:
         """Start the worker and wait until it is ready. Raises EngineError, with nothing left running."""
-        self._stopping = False
+        self._stopping, self._suspects = False, Suspects()
         self._start_worker()
         self._keeper = threading.Thread(target=self._keep, name="vllm-keeper", daemon=True)
         self._keeper.start()
@@ -125,8 +128,8 @@ class VLLMEngine:
         self.stop()
 
     async def ask(self, request: Request) -> Reply:
-        """Engine.ask. Raises EngineError if the worker has died too often; every later request then fails
-        likewise."""
+        """Engine.ask. Raises EngineError if the worker dies whatever it is asked; every later request then
+        fails likewise."""
         if request.prompt.turns[-1][1]:
             raise ValueError("the last turn of a prompt must be open (empty answer)")
         if self._session is None:
@@ -165,15 +168,27 @@ class VLLMEngine:
         with self._lock:
             if self._dead is not None:
                 raise EngineError(str(self._dead))
+            if self._suspects.is_deadly(asked.prompt):
+                return KILLED
             self._waiting[number] = asked
-            if self._channel is not None:
-                self._channel.send(asked)
+            self._send([asked])
         try:
             return await asked.future
         finally:
             with self._lock:
-                if self._waiting.pop(number, None) is not None and self._channel is not None:
+                if self._waiting.pop(number, None) is not None and asked.sent and self._channel is not None:
                     self._channel.cancel(number)
+                if self._suspects.left(number):
+                    self._send(self._waiting.values())
+
+    def _send(self, some: Iterable[Asked]) -> None:
+        """Those of them whose turn it is; the lock is held."""
+        if self._channel is None:
+            return
+        for asked in some:
+            if not asked.sent and self._suspects.may_ask(asked.number):
+                asked.sent = True
+                self._channel.send(asked)
 
     def _keep(self) -> None:
         """The keeper's whole life: hands out replies; when the worker dies, starts another."""
@@ -198,6 +213,11 @@ class VLLMEngine:
                 if replies or not self._waiting:
                     heard = time.monotonic()
                 settled = [(self._waiting.pop(number, None), reply) for number, reply in replies]
+                others = [
+                    self._suspects.left(number, isinstance(reply, Completion)) for number, reply in replies
+                ]
+                if any(others):
+                    self._send(self._waiting.values())
             settle((asked, reply) for asked, reply in settled if asked is not None)
             if (silent_s := time.monotonic() - heard) > self.settings.silence_s:
                 raise self._process.error(
@@ -209,13 +229,30 @@ class VLLMEngine:
         """Another worker, asked what the last one had not answered. Raises EngineError if there is none."""
         with self._lock:
             channel, self._channel = self._channel, None
-            self.retries[WORKER_DIED] += len(self._waiting)
+            deadly, hopeless = self._suspect(), self._suspects.hopeless
+        settle((asked, KILLED) for asked in deadly)
         self._process.stop()
         if channel is not None:
             channel.end()
         self._go_on()
-        self._process.allow_restart(error)
+        if hopeless:
+            raise error
+        self._process.report(f"{error}\nstarting it again")
         self._start_worker()
+
+    def _suspect(self) -> list[Asked]:
+        """What the worker that has died was asked is suspected. Returns what is not to be asked again; the
+        lock is held."""
+        sent = [asked for asked in self._waiting.values() if asked.sent]
+        self.retries[WORKER_DIED] += len(sent)
+        for asked in sent:
+            asked.sent = False
+        self._suspects.died({asked.number: asked.prompt for asked in sent})
+        deadly = [asked for asked in self._waiting.values() if self._suspects.is_deadly(asked.prompt)]
+        for asked in deadly:
+            del self._waiting[asked.number]
+            self._suspects.left(asked.number)
+        return deadly
 
     def _start_worker(self) -> None:
         s = self.settings
@@ -230,8 +267,7 @@ class VLLMEngine:
             raise
         with self._lock:
             self._channel, self._dead = channel, None
-            for asked in self._waiting.values():
-                channel.send(asked)
+            self._send(self._waiting.values())
         self._process.report(
             f"{self.model}: loaded after {self._process.elapsed_s:.0f} s; log: {self.settings.log}"
         )

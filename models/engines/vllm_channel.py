@@ -26,6 +26,7 @@ from models.engines.base import Completion, EngineError, Failure, Reply, Request
 from models.engines.openai import DETAIL_CHARS, chat
 from models.engines.pictures import Pictures
 from models.engines.process import POLL_S, OwnProcess
+from models.engines.suspects import prompt_of
 from models.images import UNREADABLE
 
 READ_BYTES = 1 << 18
@@ -33,11 +34,12 @@ READY = b'{"ready"'
 
 
 class Asked:
-    """A request on its way, and the future that its reply ends. Raises orjson.JSONEncodeError for one that is
-    no JSON."""
+    """A request on its way, and the future that its reply ends. sent: the worker that runs has been asked.
+    Raises orjson.JSONEncodeError for one that is no JSON."""
 
     def __init__(self, number: int, request: Request, seeded: bool) -> None:
-        self.number, self.images = number, request.prompt.images
+        self.number, self.images, self.prompt = number, request.prompt.images, prompt_of(request)
+        self.sent = False
         self.line = orjson.dumps(payload(number, request, seeded), option=orjson.OPT_APPEND_NEWLINE)
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[Reply] = self.loop.create_future()

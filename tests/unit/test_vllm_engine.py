@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from models.engines.base import Completion, EngineError, Failure, Reply, Request, Sampling, generate
+from models.engines.suspects import KILLED, RESTARTS
 from models.engines.vllm import ENGINE_ERROR, WORKER_DIED, VLLMEngine, WorkerSettings, worker_command
 from models.vlm import Conversation
 from tests.support.imports import REPOSITORY
@@ -40,6 +42,7 @@ if "--die-again" in sys.argv and start > 1:
 if "--slow" in sys.argv:
     time.sleep(60)
 lock, seen, tries, images = threading.Lock(), (folder / "seen").open("a"), {}, {}
+answered = (folder / "answered").open("a")
 
 def say(**fields):
     with lock:
@@ -47,11 +50,11 @@ def say(**fields):
 
 def answer(line):
     text = line["messages"][-1]["content"]
-    if text == "hang" and start == 1:
+    if text == "always hang" or text == "hang" and start == 1:
         return
     if text == "die" and start == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    if text == "always die":
+    if text.startswith("always die") or "--broken" in sys.argv:
         os._exit(3)
     if text.startswith("slow "):
         time.sleep(float(text.split()[1]))
@@ -63,6 +66,7 @@ def answer(line):
             return say(id=line["id"], failed="engine error", detail="KV load")
     said = " ".join(str(zlib.crc32(url.encode())) for url in line["urls"]) or text
     say(id=line["id"], text=said, finished=True, tokens=2, prompt_tokens=5, cached_tokens=4)
+    print(text, file=answered, flush=True)
 
 say(ready="0.0")
 for line in map(json.loads, sys.stdin):
@@ -208,14 +212,65 @@ def test_an_idle_worker_that_is_killed_is_started_again(make: Make, tmp_path: Pa
         assert texts(ask_all(engine, [request("after")])) == ["after"]
 
 
-def test_a_worker_that_dies_too_often_is_given_up_with_the_end_of_its_log(make: Make, tmp_path: Path) -> None:
-    with make() as engine:
+@pytest.mark.parametrize(
+    ("poison", "deaths"), [(["always die"], 3), (["always die 1", "always die 2"], 5), (["always hang"], 3)]
+)
+def test_a_request_that_kills_every_worker_is_found_and_given_up_alone(
+    make: Make, tmp_path: Path, poison: list[str], deaths: int
+) -> None:
+    asked = [f"text {n}" for n in range(40 - len(poison))]
+    for n, text in enumerate(poison):
+        asked.insert(10 + 15 * n, text)
+    with make(capacity=64, silence_s=1.0) as engine:
+        replies = ask_all(engine, [request(text) for text in asked])
+        for text, reply in zip(asked, replies, strict=True):
+            assert reply == KILLED if text in poison else texts([reply]) == [text]
+        again, after = ask_all(engine, [request(poison[0]), request("after")])
+        assert again == KILLED and texts([after]) == ["after"]
+        assert len(pids(tmp_path)) <= 1 + deaths
+    told = Counter((tmp_path / "answered").read_text().splitlines())
+    assert max(told.values()) == 1
+
+
+def test_samples_of_a_prompt_that_kills_every_worker_are_given_up_together(
+    make: Make, tmp_path: Path
+) -> None:
+    samples = [request(f"{n}", sampling=Sampling(1.0, seed=seed)) for n in range(8) for seed in range(4)]
+    deadly = [request("always die", sampling=Sampling(1.0, seed=seed)) for seed in range(6)]
+    with make(capacity=16) as engine:
+        replies = ask_all(engine, [*deadly, *samples])
+        assert replies[:6] == 6 * [KILLED]
+        assert all(isinstance(reply, Completion) for reply in replies[6:])
+        assert len(pids(tmp_path)) <= 5
+
+
+def test_a_worker_that_dies_whatever_it_is_asked_is_given_up_with_the_end_of_its_log(
+    make: Make, tmp_path: Path
+) -> None:
+    with make("--broken") as engine:
         with pytest.raises(EngineError, match=r"died with exit status 3[\s\S]*The end of .*vllm.log"):
-            ask_all(engine, [request("always die"), request("slow 9")])
-        assert len(pids(tmp_path)) == 4
+            ask_all(engine, [request(f"text {n}") for n in range(40)])
+        assert len(pids(tmp_path)) == 1 + RESTARTS
         with pytest.raises(EngineError, match="exit status 3"):
             ask_all(engine, [request("after")])
     assert all(map(gone, pids(tmp_path)))
+
+
+def test_close_while_it_is_looked_for_what_kills_the_worker(make: Make, tmp_path: Path) -> None:
+    with make(capacity=64) as engine:
+
+        async def run() -> list[BaseException | Reply]:
+            texts = [*(f"slow 3 {n}" for n in range(20)), "always die"]
+            asked = [asyncio.create_task(engine.ask(request(text))) for text in texts]
+            while len(pids(tmp_path)) < 2:
+                await asyncio.sleep(0.02)
+            await engine.close()
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        assert all(isinstance(ended, asyncio.CancelledError) for ended in asyncio.run(run()))
+        assert texts(ask_all(engine, [request(f"text {n}") for n in range(40)])) == [
+            f"text {n}" for n in range(40)
+        ]
 
 
 def test_a_worker_that_cannot_be_started_again_ends_all_that_wait(make: Make) -> None:
