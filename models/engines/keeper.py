@@ -202,7 +202,7 @@ class _Keeper:
         self._used = time.monotonic()
 
     def run(self) -> None:
-        """Raises EngineError if the server does not start, or dies too often; _Over in the end."""
+        """Raises EngineError if the server does not start; _Over in the end."""
         state = self._state()
         server = Server(with_weights(self.settings, state.weights), self._say)
         try:

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Borrowed:
 
     url: str
     model: str
-    revive: Callable[[], None]
+    revive: Callable[[bool], bool]
 
 
 Connect = Callable[[str, str], Engine]
@@ -103,7 +104,7 @@ class Borrower:
         with Lease(self.files["lock"]) as lease:
             state = self._obtain(lease)
             if state is not None:
-                yield Borrowed(state.url, self.model, lambda: self._revive(state))
+                yield Borrowed(state.url, self.model, partial(self._revive, state))
                 return
         self.report(
             f"{self.weights.model}: the lingering server is in use with other weights; starting another"
@@ -204,11 +205,13 @@ class Borrower:
                 raise EngineError(_text(self.files["error"]) or "\n".join(lines[-30:]) or "the keeper died")
             time.sleep(POLL_S)
 
-    def _revive(self, state: State) -> None:
-        """The keeper starts a server that died again; nobody starts the keeper again."""
-        if not state.alive():
-            why = _text(self.files["error"]) or f"its keeper was ended (see {self.files['log']})"
+    def _revive(self, state: State, hopeless: bool) -> bool:
+        """The keeper starts a server that died again; nobody starts the keeper again. As Server.revive."""
+        if hopeless or not state.alive():
+            why = "it dies again and again" if hopeless else "its keeper was ended"
+            why = _text(self.files["error"]) or f"{why} (see {self.files['log']})"
             raise EngineError(f"the server is gone: {why}")
+        return False
 
 
 def _import_path(settings: ServerSettings) -> dict[str, str]:

@@ -302,7 +302,7 @@ def test_a_server_that_dies_in_use_comes_back_with_the_weights_it_had(make: Make
         first = pid(server)
         os.kill(first, signal.SIGKILL)
         assert said(server) == "-2" and pid(server) != first
-        server.revive()
+        server.revive(False)
 
 
 def test_a_keeper_that_is_killed_takes_the_server_with_it_and_the_next_stage_starts_another(
@@ -314,7 +314,7 @@ def test_a_keeper_that_is_killed_takes_the_server_with_it_and_the_next_stage_sta
         os.kill(keeper(tmp_path).pid, signal.SIGKILL)
         assert until(lambda: gone(number))
         with pytest.raises(EngineError, match="the server is gone"):
-            server.revive()
+            server.revive(False)
     with make(folder).borrow() as server:
         assert said(server) == "-1" and pid(server) != number
 
