@@ -223,7 +223,7 @@ def clients(vllm: Vllm, work: Work) -> Iterator[dict[str, Callable[[Work, int], 
         str(work.model),
         work.folder / "server.log",
         command=vllm_command(vllm.python),
-        arguments=[*vllm.arguments, "--disable-log-stats", "--enable-prompt-tokens-details"],
+        arguments=[*vllm.arguments, "--disable-log-stats"],
         environment=vllm.environment,
     )
     with ExitStack() as opened:

@@ -30,8 +30,10 @@ HEALTH_TIMEOUT_S = 2.0
 
 
 def vllm_command(python: str = sys.executable) -> tuple[str, ...]:
-    """The command that starts vLLM's server with the interpreter of the environment it is installed in."""
-    return (python, "-m", "vllm.entrypoints.openai.api_server")
+    """The command that starts vLLM's server with the interpreter of the environment it is installed in. It is
+    to say what it found in its cache, and not to log every call."""
+    options = ("--enable-prompt-tokens-details", "--disable-uvicorn-access-log")
+    return (python, "-m", "vllm.entrypoints.openai.api_server", *options)
 
 
 @dataclass(frozen=True)

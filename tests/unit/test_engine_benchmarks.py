@@ -5,6 +5,7 @@ pytest tests/unit/test_engine_benchmarks.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import urllib.error
@@ -15,13 +16,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chains_memory, client_overhead, local_engine, resume
+from benchmarks import chains_memory, client_overhead, generation, local_engine, resume, traces
 from benchmarks.client_overhead import BARE, CHAINS, OURS, PEERS, Load, PeerError
 from benchmarks.mock_server import MockServer
 from benchmarks.results import Row
+from models.engines.base import Completion
 from models.engines.local import LocalEngine
 from models.reasoning import Settings
-from models.records import FailedPath, Question
+from models.records import FailedPath, Question, read_questions
+from tests.support.fake_boards import make_workspace
 from tests.support.tiny_vlm import lively, picture
 
 
@@ -240,3 +243,94 @@ def test_the_local_engine_is_judged_by_seconds_and_by_equal_chains() -> None:
 def test_a_folder_without_a_generator_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds no generator: run `make demo` there first"):
         local_engine.read_work(tmp_path, 4)
+
+
+# generation
+
+
+@pytest.fixture
+def work(tmp_path: Path, tiny_processor: Any) -> generation.Work:
+    """Two questions, three chains each."""
+    trace = traces.drawn(questions=2, samples=3)
+    return generation.Work(trace, traces.Plan(trace, tiny_processor.tokenizer), Path("m"), 5, tmp_path)
+
+
+class Exact:
+    """An engine that writes as many tokens as it may, or one more."""
+
+    capacity, independent = 2, True
+
+    def __init__(self, more: int = 0) -> None:
+        self.more, self.asked = more, []
+
+    async def ask(self, request: Any) -> Completion:
+        self.asked.append(request)
+        return Completion("{", request.sampling.max_new_tokens + self.more, False, 40, 32)
+
+    async def close(self) -> None:
+        """Holds nothing."""
+
+
+def test_all_clients_are_asked_the_same_calls(work: generation.Work) -> None:
+    engine = Exact()
+    run = generation.sample(engine, work, 7)
+    asked = traces.calls(work.numbered(7), work.plan)
+    assert {call.key: call for call in engine.asked} == {call.key: call for call in asked}
+    assert run.calls == len(asked) == sum(len(chain.steps) + 1 for chain in work.trace.chains)
+    assert run.tokens == sum(work.plan.tokens.values()) and run.cached_tokens == 32 * run.calls
+    with pytest.raises(RuntimeError, match=r"q0000/\d/1.0: \d+ tokens were planned"):
+        generation.sample(Exact(more=1), work, 8)
+
+
+def test_a_trace_is_asked_by_question_sample_and_step_and_a_call_cannot_end_early(
+    work: generation.Work,
+) -> None:
+    asked = traces.calls(work.trace, work.plan)
+    first = work.trace.chains[0]
+    steps = [f"q0000/0/{n}.0" for n in range(1, len(first.steps) + 1)]
+    assert [call.key for call in asked[: len(steps) + 1]] == [*steps, "q0000/0/answer"]
+    for shorter, longer in itertools.pairwise(call.prompt.turns for call in asked[: len(steps) + 1]):
+        assert len(longer) == len(shorter) + 1 and longer[0][0] == shorter[0][0]
+    for call in asked:
+        assert call.schema is not None
+        said = call.schema["properties"]["content"] if "properties" in call.schema else call.schema
+        assert said["minLength"] > 20 * call.sampling.max_new_tokens
+
+
+def test_every_run_has_boards_of_its_own(work: generation.Work) -> None:
+    files = [work.boards / work.numbered(n).chains[0].question.images[0] for n in (3, 4)]
+    assert len({file.read_bytes() for file in files}) == 2
+    assert work.begin(1).trace.questions == work.trace.questions[:1]
+
+
+def test_what_a_checkout_has_sampled_is_a_trace(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="holds no chains: run `make demo`"):
+        traces.recorded(tmp_path, 4)
+    make_workspace(tmp_path, questions=8)
+    asked = read_questions(tmp_path / "data/records.jsonl", pool="generate")
+    step = {"title": "Guess", "content": "7", "next_action": "final_answer"}
+    (tmp_path / "artifacts/generate").mkdir(parents=True)
+    with (tmp_path / "artifacts/generate/paths.jsonl").open("w") as file:
+        for number, question in enumerate(asked[:5]):
+            for sample in range(1 if number == 1 else 2):  # a chain of the second has failed
+                path = {"question_id": question.id, "sample": sample, "steps": [step], "answer": "7"}
+                file.write(json.dumps(path) + "\n")
+    trace = traces.recorded(tmp_path, 3)
+    assert [question.id for question in trace.questions] == [asked[n].id for n in (0, 2, 3)]
+    assert trace.samples == 2 and trace.boards.keys() == {q.images[0] for q in trace.questions}
+
+
+def test_sampling_is_judged_by_the_rounds_in_which_both_ran() -> None:
+    def runs(*rates: float) -> list[generation.Run]:
+        return [generation.Run(100 / rate, 100, 4000, 9000, 6000) for rate in rates]
+
+    found = {
+        generation.ONE: runs(4, 2, 4),
+        generation.BOUND: runs(60, 30, 60),
+        generation.OURS: runs(57, 27, 54),
+        generation.SERVED: runs(36, 24, 39),
+    }
+    rows, table = generation.judge(found)
+    assert [row.holds for row in rows if row.target] == [True, True, False, False]
+    assert [row.value for row in rows if row.target] == pytest.approx([13.5, 0.9, 9.75, 0.65])
+    assert len(table.rows) == 4 and table.rows[2][3] == "67%"
