@@ -107,6 +107,8 @@ if __name__ == "__main__":
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--lora-modules", nargs="*", default=[])
     parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--enable-prompt-tokens-details", action="store_true")
+    parser.add_argument("--disable-uvicorn-access-log", action="store_true")
     parser.add_argument("--fail", action="store_true")
     ARGUMENTS = parser.parse_args()
     if ARGUMENTS.fail:
