@@ -29,7 +29,6 @@ import subprocess
 import sys
 import threading
 import time
-from bisect import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +52,8 @@ JITTER_S = 0.05
 START_UP = 5
 """Every so many kills, one falls into the start-up."""
 IMAGES = 8
+KEY = "RESUME_START"
+"""Variable that holds the key, which is the number of the start."""
 
 
 class ResumeError(RuntimeError):
@@ -61,11 +62,12 @@ class ResumeError(RuntimeError):
 
 @dataclass
 class Calls:
-    """What the server has seen of the stage's calls, by a hash of what each asks. in_flight, answered: calls
-    asked again after a kill; ages_ms: how long before the kill that lost it an answer had been sent."""
+    """What the server has seen of the stage's calls, by a hash of what each asks. answered: the start of the
+    stage that was answered last, and when; in_flight, lost: calls asked again after a kill; ages_ms: how long
+    before the kill that lost it an answer had been sent; kills: when each start of the stage was killed."""
 
     asked: set[bytes] = field(default_factory=set)
-    answered: dict[bytes, float] = field(default_factory=dict)
+    answered: dict[bytes, tuple[int, float]] = field(default_factory=dict)
     in_flight: int = 0
     lost: int = 0
     ages_ms: list[float] = field(default_factory=list)
@@ -79,17 +81,16 @@ class Calls:
         if call not in self.asked:
             self.asked.add(call)
             return
-        answered = self.answered.get(call, float("inf"))
-        after = bisect(self.kills, answered)
-        if after < len(self.kills):
+        number, answered = self.answered.get(call, (len(self.kills), 0.0))
+        if number < len(self.kills) and answered <= self.kills[number]:
             self.lost += 1
-            self.ages_ms.append(1e3 * (self.kills[after] - answered))
+            self.ages_ms.append(1e3 * (self.kills[number] - answered))
         else:  # its answer went to nobody
             self.in_flight += 1
 
-    def answer(self, call: bytes) -> None:
-        """Note that its answer has been sent."""
-        self.answered[call] = time.monotonic()
+    def answer(self, call: bytes, number: int) -> None:
+        """Note that its answer has been sent to this start of the stage."""
+        self.answered[call] = number, time.monotonic()
 
     @property
     def redone(self) -> int:
@@ -134,11 +135,14 @@ class Recorder(Service):
 
 
 class RecordedConnection(Connection):
-    """Tells the Recorder of every call and answer."""
+    """Tells the Recorder of every call and answer. The key that comes with a call says which start of the
+    stage asks: an answer may go out to one that has just been killed, or a connection outlive it."""
 
     service: Recorder
+    number = 0
 
     def _call(self, authorization: str, body: bytes) -> None:
+        self.number = int(authorization.removeprefix("Bearer "))
         if not is_canary(json.loads(body)):
             self.service.calls.ask(call_of(body))
         super()._call(authorization, body)
@@ -147,7 +151,7 @@ class RecordedConnection(Connection):
         gone = self.transport.is_closing()
         super()._answer(rule, body)
         if not gone and not is_canary(json.loads(body)):
-            self.service.calls.answer(call_of(body))
+            self.service.calls.answer(call_of(body), self.number)
 
 
 @contextmanager
@@ -190,14 +194,15 @@ def prepare(folder: Path, questions: int, url: str) -> None:
         "profile": "resume",
         "seed": 0,
         "generate": {"questions": questions, "samples": SAMPLES, "chain": chain},
-        "engines": {"generator": {"kind": "openai", "url": url, "capacity": CAPACITY}},
+        "engines": {"generator": {"kind": "openai", "url": url, "capacity": CAPACITY, "api_key_env": KEY}},
     }
     (folder / "params.yaml").write_text(json.dumps(settings, indent=2))
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """The stage; it ends with this process."""
-    environment = workspace.environment(folder, {"PYTHONPATH": str(ROOT), "LONGVIEW_TRACKING": "off"})
+def start(folder: Path, number: int) -> subprocess.Popen[bytes]:
+    """The stage, so many kills after its first start; it ends with this process."""
+    settings = {"PYTHONPATH": str(ROOT), "LONGVIEW_TRACKING": "off", KEY: str(number)}
+    environment = workspace.environment(folder, settings)
     with (folder / "stage.log").open("ab") as log:
         return subprocess.Popen(
             STAGE, cwd=folder, env=environment, stdout=log, stderr=log, preexec_fn=supervise.die_with_parent
@@ -228,7 +233,7 @@ def moments(kills: int, steps: int, seed: int) -> list[float]:
 def kill_at(moment: float, folder: Path, calls: Calls, start_up_s: float, draw: random.Random) -> None:
     """Start the stage, and kill it a random moment after so many steps have been answered; where they already
     are, during its start-up."""
-    stage = start(folder)
+    stage = start(folder, len(calls.kills))
     try:
         if len(calls.answered) >= moment:
             time.sleep(draw.uniform(0, start_up_s))
@@ -265,7 +270,7 @@ def run(folder: Path, questions: int, seed: int, kills: Sequence[float] = (), st
         for number, moment in enumerate(kills, start=1):
             kill_at(moment, folder, recorder.calls, start_up_s, draw)
             print(f"kill {number}: {len(recorder.calls.answered):,} steps answered", flush=True)
-        finish(start(folder), folder)
+        finish(start(folder, len(kills)), folder)
         seconds = time.monotonic() - began
     chains = {(row["question_id"], row["sample"]) for row in read_jsonl(folder / OUT / "paths.jsonl")}
     took = (recorder.calls.first or began) - began

@@ -142,15 +142,19 @@ def test_calls_asked_again_are_told_apart_by_whether_their_answer_had_been_sent(
     now = 0.0
     monkeypatch.setattr(resume.time, "monotonic", lambda: now)
     calls = resume.Calls()
-    for at, event in [(1.0, "ask a"), (1.1, "answer a"), (1.2, "ask b"), (1.3, "ask c"), (1.31, "answer c")]:
-        now = at
-        getattr(calls, event.split()[0])(event.split()[1].encode())
+    for call in (b"a", b"b", b"c", b"d"):
+        calls.ask(call)
+    for now, call in [(1.1, b"a"), (1.31, b"c"), (1.33, b"d")]:
+        calls.answer(call, 0)
     calls.kills += [1.32, 1.5]
-    for at, event in [(2.0, "ask b"), (2.1, "ask c"), (2.2, "ask d")]:
-        now = at
-        getattr(calls, event.split()[0])(event.split()[1].encode())
-    assert (calls.in_flight, calls.lost, calls.redone, len(calls.asked)) == (1, 1, 2, 4)
+    for call in (b"b", b"c", b"d", b"e"):
+        calls.ask(call)
+    assert (calls.in_flight, calls.lost, calls.redone, len(calls.asked)) == (2, 1, 3, 5)
     assert calls.ages_ms == pytest.approx([10.0])  # before the kill that lost it, not the last one
+    now = 1.6
+    calls.answer(b"d", 0)
+    calls.ask(b"d")
+    assert (calls.in_flight, calls.lost) == (3, 1)  # sent to a stage that was dead: two starts ago
 
 
 def test_moments_of_kills_are_drawn_from_the_whole_course() -> None:
