@@ -25,6 +25,7 @@ import orjson
 from models.engines.base import Completion, EngineError, Failure, Reply, Request, Scored
 from models.engines.http import HEAD_BYTES, Address, Answer, Connection, Unreachable, retry_after_s
 from models.engines.pictures import Pictures
+from models.engines.session import Session
 from models.engines.suspects import KILLED, RESTARTS, Suspects, prompt_of
 from models.images import ImageError, ImageSource
 from models.vlm import Conversation
@@ -141,20 +142,10 @@ class OpenAIEngine:
         """Engine.ask. Raises EngineError if the server refuses the key, cannot be trusted (TLS), has not
         listened for patience_s or dies whatever it is asked; every later request then fails likewise until
         `close`."""
-        if request.prompt.turns[-1][1]:
-            raise ValueError("the last turn of a prompt must be open (empty answer)")
         if self._session is None:
             self._session = _Session(self.capacity)
-        session, task = self._session, asyncio.current_task()
-        assert task is not None
-        if session.loop is not task.get_loop():
-            raise RuntimeError("close() the engine in one event loop before it is used in another")
-        session.under_way.add(task)
-        try:
-            async with session.room:
-                reply = await self._reply(session, request)
-        finally:
-            session.under_way.discard(task)
+        session = self._session
+        reply = await session.answer(request, lambda: self._reply(session, request))
         self.counters.add(reply)
         return reply
 
@@ -318,8 +309,8 @@ class OpenAIEngine:
         return " ".join(hidden.split())[:DETAIL_CHARS]
 
 
-class _Session:
-    """What belongs to one event loop: the connections, the requests under way and what they wait for.
+class _Session(Session):
+    """With the connections, and what requests under way wait for.
 
     reachable: unset while nothing listens. sent: the prompts of what the server that listens has been asked
     and has not answered. turn: set, and replaced, when others may be asked. quiet_until: nothing is sent
@@ -327,9 +318,7 @@ class _Session:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.room = asyncio.Semaphore(capacity)
-        self.under_way: set[asyncio.Task[Any]] = set()
+        super().__init__(capacity)
         self.idle: list[Connection] = []
         self.reader = ThreadPoolExecutor(1, "images")
         self.reachable = asyncio.Event()
@@ -365,10 +354,7 @@ class _Session:
 
     async def end(self) -> None:
         """Returns when no request is under way, no thread runs and no socket is open."""
-        for task in self.under_way:
-            task.cancel()
-        while self.under_way:
-            await asyncio.sleep(0)
+        await super().end()
         for connection in self.idle:
             connection.close()
         self.reader.shutdown(cancel_futures=True)

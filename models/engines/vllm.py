@@ -12,7 +12,6 @@ and left running by `close`.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import sys
 import threading
@@ -22,7 +21,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import orjson
 
@@ -30,6 +28,7 @@ from models.engines.base import Completion, EngineError, Failure, Reply, Request
 from models.engines.openai import UNSENDABLE
 from models.engines.pictures import Pictures
 from models.engines.process import OwnProcess, Report, say
+from models.engines.session import Session
 from models.engines.suspects import KILLED, Suspects
 from models.engines.vllm_channel import Asked, Channel, settle, shown
 from models.images import ImageSource
@@ -93,7 +92,7 @@ class VLLMEngine:
         )
         self._pictures = Pictures(images, 0)
         self._numbers = itertools.count()
-        self._session: _Session | None = None
+        self._session: Session | None = None
         self._keeper: threading.Thread | None = None
         self._stopping = False
         self._lock = threading.Lock()  # over what follows, which the keeper and the event loop share
@@ -130,22 +129,12 @@ class VLLMEngine:
     async def ask(self, request: Request) -> Reply:
         """Engine.ask. Raises EngineError if the worker dies whatever it is asked; every later request then
         fails likewise."""
-        if request.prompt.turns[-1][1]:
-            raise ValueError("the last turn of a prompt must be open (empty answer)")
         if self._session is None:
-            self._session = _Session(self.capacity)
-        session, task = self._session, asyncio.current_task()
-        assert task is not None
-        if session.loop is not task.get_loop():
-            raise RuntimeError("close() the engine in one event loop before it is used in another")
-        session.under_way.add(task)
+            self._session = Session(self.capacity)
         try:
-            async with session.room:
-                return await self._attempts(request)
+            return await self._session.answer(request, lambda: self._attempts(request))
         except orjson.JSONEncodeError as error:  # half a surrogate pair, a schema that is no JSON
             return Failure(UNSENDABLE, shown(str(error)))
-        finally:
-            session.under_way.discard(task)
 
     async def close(self) -> None:
         """Engine.close: cancels the tasks that wait for a reply. The worker lives on; the engine may be used
@@ -287,19 +276,3 @@ class VLLMEngine:
         if channel is not None:
             channel.end()
         settle((asked, error) for asked in waiting.values())
-
-
-class _Session:
-    """What belongs to one event loop."""
-
-    def __init__(self, capacity: int) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.room = asyncio.Semaphore(capacity)
-        self.under_way: set[asyncio.Task[Any]] = set()
-
-    async def end(self) -> None:
-        """Returns when no request is under way."""
-        for task in self.under_way:
-            task.cancel()
-        while self.under_way:
-            await asyncio.sleep(0)

@@ -345,6 +345,7 @@ def test_closing_in_the_middle_leaves_nothing_behind(
     asked = [request(f"{do} {n}", ["image"]) for do in ("fine", "hang", "drop") for n in range(6)]
 
     async def run() -> Sequence[Any]:
+        asyncio.get_running_loop().slow_callback_duration = 60  # debug mode is to tell of leaks alone
         tasks = [asyncio.create_task(engine.ask(one)) for one in asked]
         while engine.counters.answered < 6 or engine.counters.retries["connection error"] < 6:
             await asyncio.sleep(0.01)
