@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from models.records import FailedPath, ReasoningPath
+from models.records import ReasoningPath
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ def build_pairs(
     rule: str,
     pairs_per_question: int = 1,
     min_margin: int = 1,
-    failed: Sequence[FailedPath] = (),
+    most: int | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """Pairs of every question and how many questions or pairs were dropped, by reason.
 
     A pair is dropped when the texts are equal, when a side has no text or no score,
     and when the judge prefers the rejected side or sees less than `min_margin` between them
     (the judge and the answer filter disagree: not a clear preference), or when the right answer stands in the
-    rejected one (`contains`).
+    rejected one (`contains`). Of what is left the first `most` are kept.
     """
     if rule not in RULES:
         raise ValueError(f"unknown pair rule {rule!r}; one of {', '.join(RULES)}")
     kept: list[Pair] = []
-    dropped: Counter[str] = Counter(failed_path=len(failed)) if failed else Counter()
+    dropped: Counter[str] = Counter()
     for paths in groups:
         outcome = RULES[rule](distinct(paths), pairs_per_question)
         if isinstance(outcome, str):
@@ -102,7 +102,9 @@ def build_pairs(
                 continue
             a, b = chosen.score or 0, rejected.score or 0
             kept.append(Pair(chosen.question_id, chosen.text, rejected.text, a, b, a - b))
-    return kept, dict(sorted(dropped.items()))
+    if most is not None and len(kept) > most:
+        dropped["above_max_pairs"] = len(kept) - most
+    return kept[:most], dict(sorted(dropped.items()))
 
 
 def first_difference(pair: Pair) -> Pair:

@@ -52,25 +52,24 @@ def run(p: Params, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
     by_key = {(path.question_id, path.sample): path for path in scored}
     scored_paths, truths = with_oracle([by_key.get((q.question_id, q.sample), q) for q in paths], questions)
     groups = by_question(scored_paths).values()
-    pairs, dropped = build_pairs(groups, p.rule, p.pairs_per_question, p.min_margin)
+    pairs, dropped = build_pairs(groups, p.rule, p.pairs_per_question, p.min_margin, p.max_pairs)
     if not pairs:
         raise StageError(
             f"round {this.t} gave no preference pair (dropped: {dropped}): sample more questions or "
             "paths, raise the temperature, or lower score.min_margin"
         )
     write_jsonl(stage.out / "paths.jsonl", scored_paths)
-    kept = pairs[: p.max_pairs]
-    dropped |= {"above_max_pairs": len(pairs) - len(kept)} if len(pairs) > len(kept) else {}
-    write_jsonl(stage.out / "pairs.jsonl", [first_difference(q) for q in kept] if p.scope == "step" else kept)
+    cut = [first_difference(pair) for pair in pairs] if p.scope == "step" else pairs
+    write_jsonl(stage.out / "pairs.jsonl", cut)
     return {
         "questions": len({path.question_id for path in paths}),
         "paths": len(paths),
         "failed": len(failures),
         "unreadable": unreadable,
         "right_share": sum(path.right is True for path in paths) / len(paths),
-        **_rewards(scored, kept),
-        **_lengths(scored_paths, kept),
-        "pairs": {"kept": len(kept), "dropped": dropped},
+        **_rewards(scored, pairs),
+        **_lengths(scored_paths, pairs),
+        "pairs": {"kept": len(pairs), "dropped": dropped},
         "agreement": agreement(scored_paths, truths, judge.from_answers),
     }
 

@@ -144,7 +144,8 @@ def test_calls_asked_again_are_told_apart_by_whether_their_answer_had_been_sent(
     calls = resume.Calls()
     for call in (b"a", b"b", b"c", b"d"):
         calls.ask(call)
-    for now, call in [(1.1, b"a"), (1.31, b"c"), (1.33, b"d")]:
+    for at, call in [(1.1, b"a"), (1.31, b"c"), (1.33, b"d")]:
+        now = at
         calls.answer(call, 0)
     calls.kills += [1.32, 1.5]
     for call in (b"b", b"c", b"d", b"e"):

@@ -13,7 +13,7 @@ from models.pairing import (
     distinct,
     first_difference,
 )
-from models.records import FailedPath, ReasoningPath
+from models.records import ReasoningPath
 
 
 def path(
@@ -149,12 +149,17 @@ def test_margins_below_the_minimum_are_dropped() -> None:
     assert pairs(GROUPS["clear"], pairs_per_question=2, min_margin=50) == ([85], {"judge_disagrees": 1})
 
 
-def test_groups_and_failures_add_up() -> None:
-    kept, dropped = build_pairs(
-        list(GROUPS.values()), "best_right_vs_worst_wrong", failed=[FailedPath("q", 0, "not JSON")] * 3
-    )
-    assert len(kept) + sum(dropped.values()) == len(GROUPS) + 3
-    assert dropped == {"all_right": 2, "all_wrong": 4, "failed_path": 3}
+def test_groups_add_up() -> None:
+    kept, dropped = build_pairs(list(GROUPS.values()), "best_right_vs_worst_wrong")
+    assert len(kept) + sum(dropped.values()) == len(GROUPS)
+    assert dropped == {"all_right": 2, "all_wrong": 4}
+
+
+def test_pairs_beyond_the_most_are_counted() -> None:
+    groups = [GROUPS["clear"], [path(0, True, 60), path(1, False, 50)], [path(0, True, 50)]]
+    kept, dropped = build_pairs(groups, "best_right_vs_worst_wrong", most=1)
+    assert [pair.margin for pair in kept] == [85] and dropped == {"above_max_pairs": 1, "all_right": 1}
+    assert build_pairs(groups, "best_right_vs_worst_wrong", most=2)[1] == {"all_right": 1}
 
 
 def test_an_unknown_rule_names_the_rules() -> None:
