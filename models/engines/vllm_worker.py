@@ -27,6 +27,7 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]  # 
 
 import asyncio  # noqa: E402
 import base64  # noqa: E402
+import contextlib  # noqa: E402
 import hashlib  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
@@ -167,12 +168,13 @@ def chat_parameters(engine: Any) -> tuple[Any, Any]:
 
 
 def sampling_parameters(sampling: dict[str, Any], schema: dict[str, Any] | None) -> Any:
-    """vLLM's; one output, when it is whole."""
+    """vLLM's; one output, when it is whole. Made for one request, so that vLLM need not copy it."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
     form = StructuredOutputsParams(json=schema) if schema is not None else None
-    return SamplingParams(**sampling, structured_outputs=form, output_kind=RequestOutputKind.FINAL_ONLY)
+    kind = RequestOutputKind.FINAL_ONLY
+    return SamplingParams(**sampling, structured_outputs=form, output_kind=kind, skip_clone=True)
 
 
 def completion(output: Any) -> dict[str, Any]:
@@ -233,20 +235,27 @@ class Images:
 
     async def parts(self, files: list[File]) -> list[dict[str, Any]]:
         """Images as vLLM takes them in a message; decoded in one thread, so that each is decoded once."""
-        loop = asyncio.get_running_loop()
-        return [await loop.run_in_executor(self._thread, self._part, *file) for file in files]
+        return [
+            {"type": "image_pil", "image_pil": await self._image(uuid, data), "uuid": uuid}
+            for uuid, data in files
+        ]
 
-    def _part(self, uuid: str, data: bytes) -> dict[str, Any]:
+    async def _image(self, uuid: str, data: bytes) -> Any:
+        if (image := self._decoded.get(uuid)) is None:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, uuid, data)
+        with contextlib.suppress(KeyError):  # the thread may just have dropped it
+            self._decoded.move_to_end(uuid)
+        return image
+
+    def _decode(self, uuid: str, data: bytes) -> Any:
         from PIL import Image
 
-        if uuid not in self._decoded:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-            self._decoded[uuid] = image
+        if (image := self._decoded.get(uuid)) is None:  # nobody has asked for it meanwhile
+            image = self._decoded[uuid] = Image.open(io.BytesIO(data)).convert("RGB")
             self._bytes += _bytes(image)
-        self._decoded.move_to_end(uuid)
         while self._bytes > DECODED_BYTES and len(self._decoded) > 1:
             self._bytes -= _bytes(self._decoded.popitem(last=False)[1])
-        return {"type": "image_pil", "image_pil": self._decoded[uuid], "uuid": uuid}
+        return image
 
 
 def _bytes(image: Any) -> int:
