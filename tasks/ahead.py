@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tasks import params, roles
 from tasks.assessing import mixed, surviving
-from tasks.engines import engine_params
+from tasks.engines import Role, engine_params
 from tasks.sampling import answer_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from models.records import Question, ReasoningPath
     from tasks.stage import StageRun
 
+SAMPLING: dict[str, Role] = {"assess": "generator", "score": "reasoner"}
+"""Whose chains each stage judges."""
 WORTH: dict[str, Callable[[Sequence[Any]], list[Any]]] = {"assess": surviving, "score": mixed}
 """The paths of a question that each stage has scored."""
 
@@ -69,6 +71,10 @@ def judging_ahead(
     prompts, asked = section.get("prompts", "full"), section.get("answer_filter", "rules")
     filters = asked == "model" and engine_params("answer_judge").ahead
     if not filters and not engine_params("path_judge").ahead:
+        yield None
+        return
+    if engine_params(SAMPLING[by]).scale is not None:
+        print(f"{SAMPLING[by]} samples on a cluster: nothing is judged ahead", file=sys.stderr)
         yield None
         return
     if not (roles.JUDGE / roles.JUDGE_FILE).is_file():
