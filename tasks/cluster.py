@@ -67,6 +67,8 @@ def _own_cluster(scale: RayScale, scratch: Path) -> Iterator[str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds to loopback, as on those systems
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's own actors make it warn; what matters is raised
     }
     with ExitStack() as opened:
         opened.enter_context(_environment(settings))

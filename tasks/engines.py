@@ -50,7 +50,7 @@ class RayScale:
 
     gpus_per_actor, cpus_per_actor: what each is given. address: of a running cluster (`auto`, `head:6379`);
     None: what RAY_ADDRESS says, or else a cluster on this machine that ends with the stage. restarts: how
-    often an actor that dies is started again. object_store_mb: memory of a cluster of our own for what is on
+    many actors that die are replaced. object_store_mb: memory of a cluster of our own for what is on
     its way.
     """
 
@@ -75,8 +75,8 @@ class RayScale:
             raise ValueError(f"object_store_mb: Ray needs 80 or more, found {self.object_store_mb}")
         if self.address is not None and self.address.startswith("ray://"):
             raise ValueError(
-                f"address: {self.address} is for Ray's client, outside of the cluster; the stage runs on one of "
-                "its nodes: `auto`, or the `host:port` of its head"
+                f"address: {self.address} is for Ray's client, outside of the cluster; the stage runs on one "
+                "of its nodes: `auto`, or the `host:port` of its head"
             )
 
 

@@ -105,6 +105,13 @@ class SamplingActor:
 
     def _open(self) -> WatchedEngine:
         work = self.work
+        assert work.engine.scale is not None
+        scale = work.engine.scale.ray
+        if self.number > scale.actors + scale.restarts:
+            raise EngineError(
+                f"{self.number - scale.actors} actors have died, more than `restarts` allows "
+                f"({scale.restarts}), often for want of memory. What was answered is kept: run again"
+            )
         if not work.root.is_dir():
             raise EngineError(
                 f"{os.uname().nodename} has no {work.root}: every node needs the checkout at the same place"

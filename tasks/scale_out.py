@@ -147,8 +147,6 @@ class ScaledOut:
                 ),
                 num_cpus=self.scale.cpus_per_actor,
                 num_gpus=self.scale.gpus_per_actor,
-                max_restarts=self.scale.restarts,
-                max_task_retries=-1,
             )
         )
         try:
@@ -168,6 +166,7 @@ class ScaledOut:
         context.execution_no_progress_timeout_s = -1
         context.execution_options.preserve_order = True
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "progress bars disabled"
         return data
 
 

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models.engines.base import EngineError
+
 PATIENCE_S = 20.0
 """For the keeper of a stage that was killed: it may live a moment longer and hold the journal."""
 
@@ -63,13 +65,17 @@ class Keeper:
 
 def start_keeper(ray: Any, path: Path) -> Any:
     """A handle of the keeper, which has the journal open. If it dies it is started again, and what it was
-    asked meanwhile waits. Raises JournalError."""
+    asked meanwhile waits. Raises EngineError."""
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Keeper)
     keeper = actor.remote(path.absolute())
-    ray.get(keeper.enter.remote())
+    try:
+        ray.get(keeper.__ray_ready__.remote())
+    except RayError as error:
+        raise EngineError(f"{path} could not be opened: {str(error).splitlines()[-1]}") from error
     return keeper
 
 
