@@ -1,6 +1,6 @@
 """The Ray cluster that a stage samples on: one that is running, or one of its own on this machine.
 
-    with ray_cluster(RayScale(actors=2), stage.scratch) as ray:
+    with ray_cluster(RayScale(actors=2)) as ray:
         ray.cluster_resources()
 
 Our own listens on loopback only and asks for a token that nobody but the stage knows: whoever reaches a Ray
@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -37,16 +36,16 @@ ADDRESS_FILE = "ray_current_cluster"
 
 
 @contextmanager
-def ray_cluster(scale: RayScale, scratch: Path) -> Iterator[Any]:
-    """The module `ray`, connected. scratch: remembers the temporary files of our own cluster, to remove those
-    of a killed stage. Raises EngineError when there is no cluster, or it cannot hold the actors."""
+def ray_cluster(scale: RayScale) -> Iterator[Any]:
+    """The module `ray`, connected. Raises EngineError when there is no cluster, or ours cannot hold the
+    actors."""
     if importlib.util.find_spec("ray") is None:
         raise EngineError("`scale: {ray: …}` needs Ray: pip install 'longview[ray]'")
     address = scale.address or os.environ.get("RAY_ADDRESS")
     with ExitStack() as opened:
         own = address is None
         if address is None:
-            address = opened.enter_context(_own_cluster(scale, scratch))
+            address = opened.enter_context(_own_cluster(scale))
         import ray
 
         try:
@@ -60,7 +59,7 @@ def ray_cluster(scale: RayScale, scratch: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _own_cluster(scale: RayScale, scratch: Path) -> Iterator[str]:
+def _own_cluster(scale: RayScale) -> Iterator[str]:
     """Its address. Our environment has what connects to it meanwhile."""
     settings = {
         "RAY_AUTH_MODE": "token",
@@ -72,10 +71,10 @@ def _own_cluster(scale: RayScale, scratch: Path) -> Iterator[str]:
     }
     with ExitStack() as opened:
         opened.enter_context(_environment(settings))
-        folder = opened.enter_context(_short_folder(scratch / "cluster"))
+        folder = _short_folder()
         process = OwnProcess("the Ray cluster", WORK / "logs" / "ray.log")
         opened.callback(process.stop)
-        process.start(_command(scale, folder))
+        process.start(_command(scale, folder), folder=folder)
         file = folder / ADDRESS_FILE
         process.await_ready(lambda: file.exists() and bool(file.read_text().strip()), "start")
         yield file.read_text().strip()
@@ -101,23 +100,9 @@ def _check_room(scale: RayScale, there: Mapping[str, float]) -> None:
         )
 
 
-@contextmanager
-def _short_folder(link: Path) -> Iterator[Path]:
-    """A temporary folder; `link` leads to it, and what that led to before goes."""
-
-    def remove() -> None:
-        if link.is_symlink():
-            shutil.rmtree(link.readlink(), ignore_errors=True)
-            link.unlink()
-
-    remove()
+def _short_folder() -> Path:
     parent = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= LONGEST_FOLDER else "/tmp")
-    link.symlink_to(folder)
-    try:
-        yield Path(folder)
-    finally:
-        remove()
+    return Path(tempfile.mkdtemp(prefix="ray-", dir=parent if len(parent) <= LONGEST_FOLDER else "/tmp"))
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def scaled_out(
     """The actors of a role that has `scale`. Raises EngineError that says what is wrong and what to do."""
     assert e.scale is not None
     scale = e.scale.ray
-    with ray_cluster(scale, stage.scratch) as ray:
+    with ray_cluster(scale) as ray:
         kept = stage.scratch / (f"{role}.journal" if e.independent else "chains.journal")
         keeper = start_keeper(ray, kept)
         tally = Tally(ErrorBudget(e.error_budget))
