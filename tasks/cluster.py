@@ -46,6 +46,8 @@ def ray_cluster(scale: RayScale) -> Iterator[Any]:
         own = address is None
         if address is None:
             address = opened.enter_context(_own_cluster(scale))
+        quiet = {"RAY_BACKEND_LOG_LEVEL": "fatal"}  # else Ray Data's own actors make it warn
+        opened.enter_context(_environment(quiet))
         import ray
 
         try:
@@ -67,7 +69,6 @@ def _own_cluster(scale: RayScale) -> Iterator[str]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # binds to loopback, as on those systems
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's own actors make it warn; what matters is raised
     }
     with ExitStack() as opened:
         opened.enter_context(_environment(settings))
