@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 LONGEST_FOLDER = 30
 """Letters of the temporary folder: Ray's sockets lie deep in it, and their paths may have 107."""
+CONNECT_S = 10.0
 ADDRESS_FILE = "ray_current_cluster"
 """Written by `ray start` in the temporary folder once the cluster is there."""
 
@@ -51,6 +53,7 @@ def ray_cluster(scale: RayScale) -> Iterator[Any]:
         import ray
 
         try:
+            _check_listening(address)
             ray.init(address, logging_level=logging.WARNING)
         except Exception as error:  # Ray raises its own and Python's
             raise EngineError(f"no Ray cluster at {address}: {error}") from error
@@ -58,6 +61,13 @@ def ray_cluster(scale: RayScale) -> Iterator[Any]:
         if own:
             _check_room(scale, ray.cluster_resources())
         yield ray
+
+
+def _check_listening(address: str) -> None:
+    """Raises OSError; Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 @contextmanager

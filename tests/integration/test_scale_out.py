@@ -1,5 +1,5 @@
-"""Sampling in two actors on a Ray cluster of the stage's own, from a server without a model: if an actor or the
-stage is killed midway, nothing is lost, and the bytes are those of a run without Ray."""
+"""Sampling in two actors on a Ray cluster of the stage's own from a server without a model: if an actor or
+the stage is killed midway, nothing is lost, and the bytes are those of a run without Ray."""
 
 from __future__ import annotations
 
