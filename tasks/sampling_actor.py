@@ -29,19 +29,22 @@ from tasks.shared_journal import BlockJournal
 if TYPE_CHECKING:
     from models.records import Question
 
+THREADS = "OMP_NUM_THREADS"
 UNLIMITED = ErrorBudget(share=1.0)
 """Failures are counted over all actors, by the stage."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an actor is to do. root: the checkout, in which every node finds data and checkpoints. tried: the
-    questions with which an engine is tried out."""
+    """What an actor is to do. root: the checkout, in which every node finds data and checkpoints. threads: of
+    the stage (OMP_NUM_THREADS), on which the texts of a local engine depend. tried: the questions with which
+    an engine is tried out."""
 
     role: Role
     engine: EngineParams
     model: str
     root: Path
+    threads: str | None
     tried: list[Question]
     samples: int
     chain: Chain
@@ -117,6 +120,9 @@ class SamplingActor:
                 f"{os.uname().nodename} has no {work.root}: every node needs the checkout at the same place"
             )
         os.chdir(work.root)
+        os.environ.pop(THREADS, None)  # Ray's, by the CPUs of the actor
+        if work.threads is not None:
+            os.environ[THREADS] = work.threads
         self.swaps: Counter[str] = Counter()
         name = f"{work.role}-{self.number}"
         opening = bare_engine(work.role, work.engine, work.model, work.tried, DATA, self.swaps, name)

@@ -11,6 +11,7 @@ and its blocks are sampled again: what was journalled is not asked again.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,14 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.engines.base import EngineError
-from models.engines.watched import ErrorBudget, together
+from models.engines.watched import ErrorBudget, Throughput, together
 from models.journal import payload_hash
 from models.records import to_json
 from tasks.cluster import ray_cluster
 from tasks.engines import EngineParams, RayScale, Role, report
 from tasks.sampling import AT_ONCE, Chain, Enough, Row
-from tasks.sampling_actor import Account, Block, Fault, Sampled, SamplingActor, Work
-from tasks.shared_journal import start_keeper
+from tasks.sampling_actor import THREADS, Account, Block, Fault, Sampled, SamplingActor, Work
+from tasks.shared_journal import shared_journal
 from tasks.stage import StageRun
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 BLOCKS_AT_ONCE = 4
 """Blocks that an actor samples at a time: as one ends, the others keep the engine full."""
-CLOSING_S = 30.0
 
 
 @contextmanager
@@ -48,21 +48,20 @@ def scaled_out(
     scale = e.scale.ray
     with ray_cluster(scale) as ray:
         kept = stage.scratch / (f"{role}.journal" if e.independent else "chains.journal")
-        keeper = start_keeper(ray, kept)
-        tally = Tally(ErrorBudget(e.error_budget))
-        try:
+        tally = Tally(ErrorBudget(e.error_budget), scale.actors)
+        with shared_journal(ray, kept) as keeper:
             yield ScaledOut(ray, keeper, role, e, scale, e.model or str(checkpoint), tally)
-        finally:
-            ray.get(keeper.close.remote(), timeout=CLOSING_S)
-    done, retries = together(tally.throughputs, scale.actors), tally.retries
-    report(role, e, done, retries, {"actors_restarted": tally.restarted(scale.actors)}, stage, scale.actors)
+    replaced = {"actors_replaced": tally.replaced}
+    report(role, e, tally.throughput, tally.retries, replaced, stage, tally.engines)
 
 
 @dataclass
 class Tally:
-    """What all actors have done together; raises EngineError once too much of it has failed."""
+    """What all actors have done together; raises EngineError once too much of it has failed. actors: how many
+    work at a time."""
 
     budget: ErrorBudget
+    actors: int
     accounts: dict[int, Account] = field(default_factory=dict)
 
     def add(self, account: Account) -> None:
@@ -75,16 +74,22 @@ class Tally:
         self.budget.check(failures, asked, account.last_failure)
 
     @property
-    def throughputs(self) -> list[Any]:
-        return [account.done for account in self.accounts.values()]
+    def engines(self) -> int:
+        """How many were at work at a time: fewer than asked for where there was little to do."""
+        return min(self.actors, max(1, len(self.accounts)))
+
+    @property
+    def throughput(self) -> Throughput:
+        return together([account.done for account in self.accounts.values()], self.engines)
 
     @property
     def retries(self) -> Counter[str]:
         return sum((Counter(account.retries) for account in self.accounts.values()), Counter[str]())
 
-    def restarted(self, actors: int) -> int:
-        """Actors beyond those that were asked for."""
-        return max(0, len(self.accounts) - actors)
+    @property
+    def replaced(self) -> int:
+        """Actors that have died and were started again."""
+        return max(0, max(self.accounts, default=0) - self.actors)
 
 
 def _answered(account: Account) -> int:
@@ -115,7 +120,10 @@ class ScaledOut:
         advance: Advance,
     ) -> None:
         """As `sample_chains`. Raises EngineError."""
-        work = Work(self.role, self.e, self.model, Path.cwd(), tried(questions), samples, chain, stop)
+        threads = os.environ.get(THREADS)
+        work = Work(
+            self.role, self.e, self.model, Path.cwd(), threads, tried(questions), samples, chain, stop
+        )
         size = block_size(self.e, len(questions), samples) if self.e.independent else chunk
         blocks = [
             Block(part, payload_hash([to_json(question) for question in part], samples, asked))
@@ -156,7 +164,9 @@ class ScaledOut:
                     raise EngineError(reply.message)
                 yield reply
         except RayError as error:
-            raise EngineError(f"the actors of {self.role} could not go on: {error}") from error
+            raise EngineError(
+                f"the actors of {self.role} could not go on (does every node have this Longview?): {error}"
+            ) from error
 
     def _data(self) -> Any:
         """Ray Data, quiet and in order."""

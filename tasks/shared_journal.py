@@ -1,6 +1,7 @@
 """A stage's journal for actors in other processes and on other nodes: one actor on the stage's node keeps it.
 
-    keeper = start_keeper(ray, stage.scratch / "generator.journal")
+    with shared_journal(ray, stage.scratch / "generator.journal") as keeper:
+        ...
     journal = BlockJournal(keeper, await keeper.steps_of.remote(["q1", "q2"]))   # in an actor
 
 A journal has one writer (models.journal), on a local disk. What an actor is about to need it gets at once, a
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from models.engines.base import EngineError
 
 PATIENCE_S = 20.0
 """For the keeper of a stage that was killed: it may live a moment longer and hold the journal."""
+CLOSING_S = 30.0
 
 
 class Keeper:
@@ -63,7 +66,8 @@ class Keeper:
         self.journal.close()
 
 
-def start_keeper(ray: Any, path: Path) -> Any:
+@contextmanager
+def shared_journal(ray: Any, path: Path) -> Iterator[Any]:
     """A handle of the keeper, which has the journal open. If it dies it is started again, and what it was
     asked meanwhile waits. Raises EngineError."""
     from ray.exceptions import RayError
@@ -76,7 +80,13 @@ def start_keeper(ray: Any, path: Path) -> Any:
         ray.get(keeper.__ray_ready__.remote())
     except RayError as error:
         raise EngineError(f"{path} could not be opened: {str(error).splitlines()[-1]}") from error
-    return keeper
+    try:
+        yield keeper
+    except BaseException:
+        with suppress(RayError):
+            ray.get(keeper.close.remote(), timeout=CLOSING_S)
+        raise
+    ray.get(keeper.close.remote(), timeout=CLOSING_S)
 
 
 class BlockJournal:

@@ -37,8 +37,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def recorder(folder: Path) -> Iterator[Recorder]:
+def recorder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """The server of a prepared workspace."""
+    monkeypatch.setattr(resume, "DELAY_S", (0.03, 0.09))
     recorder = Recorder(seed=0)
     with resume.served(recorder) as url:
         resume.prepare(folder, QUESTIONS, url)
@@ -79,11 +80,13 @@ def test_an_actor_killed_midway_loses_nothing(
 ) -> None:
     outputs, steps = whole
     stage, calls = start(TWO_ACTORS), recorder.calls
-    await_steps(calls, steps // 3, stage, folder)
+    await_steps(calls, 1, stage, folder)
     actors = actors_of(stage)
     assert len(actors) == 2
-    calls.kills.append(time.monotonic())
+    await_steps(calls, steps // 3, stage, folder)
     actors[0].kill()
+    assert len(calls.answered) < steps
+    calls.kills.append(time.monotonic())
     resume.finish(stage, folder)
     log = (folder / "stage.log").read_text()
     assert resume.digests(folder) == outputs
@@ -98,12 +101,14 @@ def test_the_stage_killed_midway_leaves_no_process_and_asks_only_for_the_rest(
 ) -> None:
     outputs, steps = whole
     stage, calls = start(TWO_ACTORS), recorder.calls
-    await_steps(calls, steps // 2, stage, folder)
+    await_steps(calls, 1, stage, folder)
     left = psutil.Process(stage.pid).children(recursive=True)
     (temporary,) = {word for process in left for word in process.cmdline() if word.startswith("--temp-dir=")}
     assert_loopback_only(left)
-    calls.kills.append(time.monotonic())
+    await_steps(calls, steps // 2, stage, folder)
     os.kill(stage.pid, signal.SIGKILL)
+    assert len(calls.answered) < steps
+    calls.kills.append(time.monotonic())
     stage.wait()
     resume.finish(start(None), folder)
     assert resume.digests(folder) == outputs

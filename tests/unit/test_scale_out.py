@@ -17,7 +17,7 @@ import pytest
 
 from models.engines.base import Engine, EngineError, Failure, Request, Sampling
 from models.engines.fake import FakeEngine
-from models.engines.watched import ErrorBudget, Throughput, together
+from models.engines.watched import ErrorBudget, Throughput
 from models.records import FailedPath, Question, ReasoningPath, Step
 from models.vlm import Conversation
 from tasks import sampling_actor
@@ -121,10 +121,11 @@ def make_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             yield engine
 
         monkeypatch.setattr(sampling_actor, "bare_engine", opened)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
         keeper = Keeper(tmp_path / "steps.journal")
         keeper.entered = number - 1
         e = EngineParams("fake", scale=Scale(RayScale(2, restarts=3)))
-        work = Work("generator", e, "model", tmp_path, QUESTIONS[:1], 2, one_chain, None)
+        work = Work("generator", e, "model", tmp_path, "1", QUESTIONS[:1], 2, one_chain, None)
         return SamplingActor(work, Remote(keeper)), keeper
 
     return make
@@ -173,16 +174,17 @@ def test_one_error_budget_for_all_actors() -> None:
         done = Throughput(answered, seconds=10.0, busy=20.0, failures=Counter({"timeout": failed}))
         return Account(actor, answered + failed, done, {"HTTP 503": 1}, "q1/0/1: timeout (600 s)")
 
-    tally = Tally(ErrorBudget(0.05))
+    tally = Tally(ErrorBudget(0.05), actors=2)
     for late_and_early in (account(1, 100, 11), account(2, 80, 9), account(1, 50, 1)):
         tally.add(late_and_early)
-    assert tally.retries == {"HTTP 503": 2} and tally.restarted(2) == 0
-    total = together(tally.throughputs, engines=2)
+    assert tally.retries == {"HTTP 503": 2} and (tally.engines, tally.replaced) == (2, 0)
+    total = tally.throughput
     assert (total.answered, total.failures.total(), total.seconds, total.busy) == (180, 20, 10.0, 40.0)
     with pytest.raises(
         EngineError, match=r"21 of 201 requests .* \(5%\): 21 \(timeout 21\).* q1/0/1: timeout"
     ):
         tally.add(account(3, 0, 1))
+    assert tally.replaced == 1
 
 
 def test_judging_ahead_leaves_a_cluster_alone_and_says_so(
