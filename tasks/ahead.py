@@ -3,8 +3,9 @@
     with judging_ahead("assess", questions, stage) as then:
         sample_chains(..., then=then)
 
-For judges with `ahead: true`, which stand on an engine of their own. What they reply is kept where `assess`
-and `score` look first: these ask only for what is missing, and their output is the same with and without.
+For judges with `ahead: true`, which stand on an engine of their own, and chains that are sampled in the
+stage's process. What they reply is kept where `assess` and `score` look first: these ask only for what is
+missing, and their output is the same with and without.
 """
 
 from __future__ import annotations

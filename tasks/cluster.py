@@ -43,7 +43,7 @@ def ray_cluster(scale: RayScale) -> Iterator[Any]:
     actors."""
     if importlib.util.find_spec("ray") is None:
         raise EngineError("`scale: {ray: …}` needs Ray: pip install 'longview[ray]'")
-    address = scale.address or os.environ.get("RAY_ADDRESS")
+    address = scale.address or os.environ.get("RAY_ADDRESS") or None
     with ExitStack() as opened:
         own = address is None
         if address is None:

@@ -123,9 +123,8 @@ class SamplingActor:
         os.environ.pop(THREADS, None)  # Ray's, by the CPUs of the actor
         if work.threads is not None:
             os.environ[THREADS] = work.threads
-        self.swaps: Counter[str] = Counter()
         name = f"{work.role}-{self.number}"
-        opening = bare_engine(work.role, work.engine, work.model, work.tried, DATA, self.swaps, name)
+        opening = bare_engine(work.role, work.engine, work.model, work.tried, DATA, Counter(), name)
         return WatchedEngine(self._opened.enter_context(opening), UNLIMITED)
 
     async def _sampled(self, block: Block) -> Sampled | Fault:
