@@ -27,7 +27,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, takewhile
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +48,8 @@ CHECKPOINT_PAGES = 256
 _SCHEMA = "CREATE TABLE IF NOT EXISTS steps (key TEXT PRIMARY KEY, value BLOB)"
 _INSERT = "INSERT OR IGNORE INTO steps VALUES "
 _ROW = "(?, ?)"
-_SELECT = "SELECT value FROM steps WHERE key = ?"
+_SELECT = "SELECT key, value FROM steps WHERE key = ?"
+_RANGE = "SELECT key, value FROM steps WHERE key >= ? AND key < ?"
 _SORTED = "SELECT key, value FROM steps ORDER BY key"
 _ENTRY_BYTES = 400  # of a waiting step, beside its value
 _VALUE = b', "value": '  # cannot be part of a JSON string, in which every quote stands behind a backslash
@@ -123,6 +124,23 @@ class Journal:
             return None
         self.replayed += 1
         return json.loads(value)
+
+    def steps_of(self, record: str) -> dict[str, dict[str, Any]]:
+        """All steps of a record by key: `record/…`. Raises JournalError when the disk cannot be read."""
+        first, after = f"{record}/", f"{record}0"  # 0 follows /
+        with self._changed:
+            self._refuse_closed()
+            steps = {
+                key: value
+                for waiting in (self._waiting, self._writing)
+                for key, value in waiting.items()
+                if key.startswith(first)
+            }
+        steps |= self._rows_on_disk(_RANGE, (first, after))  # the first value put for a key stays
+        if self._compacted:
+            steps |= self._compacted.between(first, after)
+        self.replayed += len(steps)
+        return {key: json.loads(value) for key, value in steps.items()}
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
         """Make a value durable soon; returns at once unless the disk is behind. A known key keeps its value.
@@ -242,11 +260,13 @@ class Journal:
     def _on_disk(self, key: str) -> bytes | None:
         if self._compacted and (value := self._compacted.find(key)) is not None:
             return value
+        return self._rows_on_disk(_SELECT, (key,)).get(key)
+
+    def _rows_on_disk(self, select: str, values: tuple[str, ...]) -> dict[str, bytes]:
         try:
-            rows = self._reader.execute(_SELECT, (key,)).fetchall()
+            return dict(self._reader.execute(select, values))
         except sqlite3.Error as error:
             raise JournalError(f"{self._beside('.db')} could not be read: {error}") from error
-        return rows[0][0] if rows else None
 
     def _lines(self) -> Iterator[bytes]:
         """All steps as lines of the compacted file, sorted, each key once."""
@@ -303,18 +323,13 @@ class SortedLines:
 
     def find(self, key: str) -> bytes | None:
         """The JSON of the key's value."""
-        low, high = 0, self._end  # the line of the key begins at low or after it, and before high
-        while low < high:
-            middle = (low + high) // 2
-            begin, line = self._line_from(middle)
-            if begin >= high:
-                high = middle
-                continue
-            found, value = self._parse(line)
-            if found == key:
-                return value
-            low, high = (begin + len(line), high) if found < key else (low, middle)
+        for found, value in self._from(key):
+            return value if found == key else None
         return None
+
+    def between(self, first: str, after: str) -> dict[str, bytes]:
+        """The JSON of the values whose keys are `first` or behind it, and before `after`."""
+        return dict(takewhile(lambda step: step[0] < after, self._from(first)))
 
     def __iter__(self) -> Iterator[tuple[str, bytes]]:
         """Keys and whole lines, in order."""
@@ -325,6 +340,21 @@ class SortedLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+    def _from(self, key: str) -> Iterator[tuple[str, bytes]]:
+        """Keys and values from the first line on whose key is this one or behind it."""
+        low, high = 0, self._end  # that line begins at low or after it, and at high or before it
+        while low < high:
+            middle = (low + high) // 2
+            begin, line = self._line_from(middle)
+            if begin >= high or self._parse(line)[0] >= key:
+                high = middle
+            else:
+                low = begin + len(line)
+        while low < self._end:
+            low, line = self._line_from(low)
+            yield self._parse(line)
+            low += len(line)
 
     def _line_from(self, position: int) -> tuple[int, bytes]:
         """Where the first line begins that does so at the position or after it, and that line."""

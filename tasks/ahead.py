@@ -3,8 +3,9 @@
     with judging_ahead("assess", questions, stage) as then:
         sample_chains(..., then=then)
 
-For judges with `ahead: true`, which stand on an engine of their own. What they reply is kept where `assess`
-and `score` look first: these ask only for what is missing, and their output is the same with and without.
+For judges with `ahead: true`, which stand on an engine of their own, and chains that are sampled in the
+stage's process. What they reply is kept where `assess` and `score` look first: these ask only for what is
+missing, and their output is the same with and without.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tasks import params, roles
 from tasks.assessing import mixed, surviving
-from tasks.engines import engine_params
+from tasks.engines import Role, engine_params
 from tasks.sampling import answer_of
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from models.records import Question, ReasoningPath
     from tasks.stage import StageRun
 
+SAMPLING: dict[str, Role] = {"assess": "generator", "score": "reasoner"}
+"""Whose chains each stage judges."""
 WORTH: dict[str, Callable[[Sequence[Any]], list[Any]]] = {"assess": surviving, "score": mixed}
 """The paths of a question that each stage has scored."""
 
@@ -69,6 +72,10 @@ def judging_ahead(
     prompts, asked = section.get("prompts", "full"), section.get("answer_filter", "rules")
     filters = asked == "model" and engine_params("answer_judge").ahead
     if not filters and not engine_params("path_judge").ahead:
+        yield None
+        return
+    if engine_params(SAMPLING[by]).scale is not None:
+        print(f"{SAMPLING[by]} samples on a cluster: nothing is judged ahead", file=sys.stderr)
         yield None
         return
     if not (roles.JUDGE / roles.JUDGE_FILE).is_file():

@@ -45,6 +45,49 @@ JUDGES = ("answer_judge", "path_judge")
 
 
 @dataclass(frozen=True)
+class RayScale:
+    """Actors on a Ray cluster, each with an engine of its own.
+
+    gpus_per_actor, cpus_per_actor: what each is given. address: of a running cluster (`auto`, `head:6379`);
+    None: what RAY_ADDRESS says, or else a cluster on this machine that ends with the stage. restarts: how
+    many actors that die are replaced. object_store_mb: memory of a cluster of our own for what is on
+    its way.
+    """
+
+    actors: int
+    gpus_per_actor: float = 0.0
+    cpus_per_actor: float = 1.0
+    address: str | None = None
+    restarts: int = 10
+    object_store_mb: int = 200
+
+    def __post_init__(self) -> None:
+        if self.actors < 1:
+            raise ValueError(f"actors: expected 1 or more, found {self.actors}")
+        for name in ("gpus_per_actor", "cpus_per_actor", "restarts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 or more, found {getattr(self, name)}")
+        if self.gpus_per_actor > 1 and self.gpus_per_actor != int(self.gpus_per_actor):
+            raise ValueError(
+                f"gpus_per_actor: expected a share or a whole number, found {self.gpus_per_actor}"
+            )
+        if self.object_store_mb < 80:
+            raise ValueError(f"object_store_mb: Ray needs 80 or more, found {self.object_store_mb}")
+        if self.address is not None and self.address.startswith("ray://"):
+            raise ValueError(
+                f"address: {self.address} is for Ray's client, outside of the cluster; the stage runs on one "
+                "of its nodes: `auto`, or the `host:port` of its head"
+            )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where a role's engine runs besides the stage's own process."""
+
+    ray: RayScale
+
+
+@dataclass(frozen=True)
 class EngineParams:
     """kind: local (transformers in the stage's process), openai (a server that speaks OpenAI's chat
     completions), vllm (vLLM's offline engine in a process of its own) or fake (a dry run: every chain is one
@@ -59,7 +102,8 @@ class EngineParams:
     its engine then stands beside the sampling one. error_budget: share of the requests that may be given up
     on. prices: of a million tokens, for an estimate. linger_s: how long a launched server waits for the next
     stage that wants it (tasks.served). probe_tolerance: mean difference a token, in nats, between the
-    log-probs of vLLM and of the trainer; None: by --dtype.
+    log-probs of vLLM and of the trainer; None: by --dtype. scale: sample in several actors, each with this
+    engine (tasks.scale_out).
     """
 
     kind: Literal["local", "openai", "vllm", "fake"] = "local"
@@ -79,6 +123,7 @@ class EngineParams:
     prices: Prices | None = None
     linger_s: float = 0.0
     probe_tolerance: float | None = None
+    scale: Scale | None = None
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -99,11 +144,18 @@ class EngineParams:
             )
         if self.probe_tolerance is not None and not self.probe_tolerance > 0:
             raise ValueError(f"probe_tolerance: expected a number above 0, found {self.probe_tolerance}")
+        if self.scale is not None and self.linger_s:
+            raise ValueError("linger_s is not for an engine with `scale`: its servers end with their actors")
 
     @property
     def interpreter(self) -> str:
         """What runs vLLM."""
         return os.path.expandvars(self.python) if self.python else sys.executable
+
+    @property
+    def independent(self) -> bool:
+        """Of Engine, before there is one."""
+        return self.kind != "local"
 
     @property
     def filled_environment(self) -> dict[str, str]:
@@ -129,6 +181,11 @@ class Params:
     reasoner: EngineParams = field(default_factory=EngineParams)
     summariser: EngineParams = field(default_factory=EngineParams)
 
+    def __post_init__(self) -> None:
+        for role in ("answer_judge", "path_judge", "summariser"):
+            if getattr(self, role).scale is not None:
+                raise ValueError(f"{role}: scale is for the roles that sample: generator and reasoner")
+
 
 def identities(*roles: Role) -> dict[str, Any]:
     """What of the engines of these roles may change a text, by role: part of what a stage obeys."""
@@ -153,7 +210,8 @@ def open_engine(
 
     vLLM and servers are tried with the first of the questions before anything else. Where replies are
     independent of each other they are kept in the stage's scratch folder: what was answered before a kill is
-    not asked again. In the end a line says how fast it was.
+    not asked again. In the end a line says how fast it was. It is one engine, whatever `scale` says: what
+    samples in several actors is opened by tasks.sampling.open_sampler.
     Raises EngineError that says what is wrong and what to do.
     """
     from models.engines.journalled import JournalledEngine
@@ -163,7 +221,8 @@ def open_engine(
     e = engine_params(role)
     swaps: Counter[str] = Counter()
     with ExitStack() as opened:
-        engine = opened.enter_context(_engine(role, e, e.model or str(checkpoint), questions, images, swaps))
+        model = e.model or str(checkpoint)
+        engine = opened.enter_context(bare_engine(role, e, model, questions, images, swaps))
         watched = WatchedEngine(engine, ErrorBudget(e.error_budget))
         if engine.independent:
             path = _judged(role, checkpoint, e) if role in JUDGES else stage.scratch / f"{role}.journal"
@@ -171,18 +230,21 @@ def open_engine(
             yield JournalledEngine(watched, journal)
         else:
             yield watched
-        _report(role, e, engine, watched.throughput, swaps, stage)
+        report(role, e, watched.throughput, retries_of(engine), swaps, stage)
 
 
 @contextmanager
-def _engine(
+def bare_engine(
     role: Role,
     e: EngineParams,
     model: str,
     questions: Sequence[Question],
     images: ImageSource | Path,
     swaps: Counter[str],
+    name: str | None = None,
 ) -> Iterator[Engine]:
+    """The engine itself, tried out: without journal and watch. name: of its log and in messages, if not the
+    role. Raises EngineError."""
     from tasks.served import in_worker, served
 
     if e.kind == "local":
@@ -195,7 +257,9 @@ def _engine(
         yield FakeEngine(batch_size=e.capacity)
     else:
         opened: AbstractContextManager[Engine] = (
-            in_worker(role, e, model, images) if e.kind == "vllm" else served(role, e, model, images, swaps)
+            in_worker(name or role, e, model, images)
+            if e.kind == "vllm"
+            else served(name or role, e, model, images, swaps)
         )
         with opened as engine:
             if questions:
@@ -218,13 +282,20 @@ def _judged(role: Role, checkpoint: str | Path, e: EngineParams) -> Path:
     return home / f"{key}.journal"
 
 
-def _report(
-    role: Role, e: EngineParams, engine: Engine, done: Throughput, swaps: Mapping[str, int], stage: StageRun
+def report(
+    role: Role,
+    e: EngineParams,
+    done: Throughput,
+    retries: Mapping[str, int],
+    more: Mapping[str, int],
+    stage: StageRun,
+    engines: int = 1,
 ) -> None:
-    """The throughput on stderr and in MLflow; not in the output, which is to be the same every time."""
-    retries = _retries(engine)
-    line, numbers = done.line(e.capacity, retries), done.numbers(e.capacity)
-    numbers |= {"retries": sum(retries.values()), **swaps}
+    """The throughput on stderr and in MLflow; not in the output, which is to be the same every time.
+    engines: so many have done it together."""
+    capacity = e.capacity * engines
+    line, numbers = done.line(capacity, retries), done.numbers(capacity)
+    numbers |= {"retries": sum(retries.values()), **more}
     if e.prices is not None:
         numbers["cost"] = done.cost(e.prices)
         line += f", cost about {numbers['cost']:,.2f}"
@@ -232,7 +303,7 @@ def _report(
     stage.log_metrics({f"engine/{role}/{name}": value for name, value in numbers.items()})
 
 
-def _retries(engine: Engine) -> Mapping[str, int]:
+def retries_of(engine: Engine) -> Mapping[str, int]:
     """What was asked again, by kind."""
     if isinstance(engine, VLLMEngine):
         return engine.retries

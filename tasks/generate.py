@@ -17,12 +17,13 @@ from models.reasoning import Settings
 from tasks import engines, params, roles
 from tasks.ahead import judging_ahead
 from tasks.outcomes import Outcomes
-from tasks.sampling import Enough, sample_chains
+from tasks.sampling import Enough, open_sampler, sample_chains
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 if TYPE_CHECKING:
     from models.engines.base import Engine
     from models.records import Question
+    from tasks.scale_out import ScaledOut
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Params:
 
 
 def run(
-    p: Params, seed: int, questions: Sequence[Question], engine: Engine, stage: StageRun
+    p: Params, seed: int, questions: Sequence[Question], engine: Engine | ScaledOut, stage: StageRun
 ) -> dict[str, Any]:
     """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError
     when not one chain was finished."""
@@ -80,7 +81,7 @@ def main() -> None:
     inputs: list[str | Path] = ["data", roles.GENERATOR]
     with open_stage("generate", params=obeyed, inputs=inputs, out="artifacts/generate") as stage:
         questions = roles.training_questions("generate", p.questions)
-        with engines.open_engine("generator", roles.GENERATOR, questions, stage) as engine:
+        with open_sampler("generator", roles.GENERATOR, questions, stage) as engine:
             stage.metrics(run(p, params.seed(), questions, engine, stage))
 
 

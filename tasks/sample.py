@@ -13,7 +13,7 @@ from typing import Any
 from tasks import engines, params, roles, rounds
 from tasks.ahead import judging_ahead
 from tasks.outcomes import Outcomes
-from tasks.sampling import Enough, Row, sample_reasoner
+from tasks.sampling import Enough, Row, open_sampler, sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 
@@ -45,7 +45,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
     with Outcomes(stage.out) as outcomes:
         with (
             judging_ahead("score", questions, stage) as then,
-            engines.open_engine("reasoner", this.checkpoint, questions, stage) as engine,
+            open_sampler("reasoner", this.checkpoint, questions, stage) as engine,
         ):
             sample_reasoner(
                 engine, questions, p, derived_seed(seed, this.t), stage.scratch, take, p.stop, then

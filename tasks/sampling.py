@@ -10,17 +10,22 @@ engine does that itself, reply by reply (tasks.engines); where they are not, who
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from tasks import engines
 from tasks.meter import Advance, meter
 
 if TYPE_CHECKING:
     from models.engines.base import Engine
     from models.records import FailedPath, Question, ReasoningPath
     from tasks.ahead import Ahead
+    from tasks.engines import Role
+    from tasks.scale_out import ScaledOut
+    from tasks.stage import StageRun
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -100,8 +105,25 @@ def run_all(
     return results
 
 
+@contextmanager
+def open_sampler(
+    role: Role, checkpoint: str | Path, questions: Sequence[Question], stage: StageRun
+) -> Iterator[Engine | ScaledOut]:
+    """What `sample_chains` asks: the engine of a role, or where the role has `scale` the actors that have it.
+    Raises EngineError."""
+    e = engines.engine_params(role)
+    if e.scale is None:
+        with engines.open_engine(role, checkpoint, questions, stage) as engine:
+            yield engine
+        return
+    from tasks.scale_out import scaled_out
+
+    with scaled_out(role, e, checkpoint, questions, stage) as actors:
+        yield actors
+
+
 def sample_chains(
-    engine: Engine,
+    engine: Engine | ScaledOut,
     questions: Sequence[Question],
     samples: int,
     chain: Chain,
@@ -119,15 +141,25 @@ def sample_chains(
     where the engine's replies depend on each other; then: what is done with a question whose last chain has
     ended, and awaited.
     """
+    from tasks.scale_out import ScaledOut
+
     with meter("chains", len(questions) * samples) as advance:
-        chains = _Chains(engine, samples, chain, advance, stop, then)
+        if isinstance(engine, ScaledOut):
+            engine.sample(questions, samples, chain, _named(asked, stop), chunk, stop, take, advance)
+            return
+        chains = Chains(engine, samples, chain, advance, stop, then)
         if engine.independent:
             chains.sample(questions, -(-AT_ONCE * engine.capacity // samples), take)
         else:
-            _sample_chunks(chains, questions, [asked, stop and stop.__dict__], chunk, scratch, take)
+            _sample_chunks(chains, questions, _named(asked, stop), chunk, scratch, take)
 
 
-class _Chains:
+def _named(asked: Any, stop: Enough | None) -> Any:
+    """What names a chunk of chains in the journal, besides the questions."""
+    return [asked, stop and stop.__dict__]
+
+
+class Chains:
     """Samples `samples` chains a question, and shows how many have ended."""
 
     def __init__(
@@ -153,6 +185,13 @@ class _Chains:
 
         asked = [self.engine, *(self.then.engines if self.then else ())]
         _run(self._of_question, questions, asked, at_once, ended)
+
+    async def rows(self, questions: Sequence[Question]) -> list[Row]:
+        """The same from code that is asynchronous itself; all questions at once."""
+        from models.records import to_json
+
+        outcomes = await asyncio.gather(*map(self._of_question, questions))
+        return [to_json(outcome) for of_question in outcomes for outcome in of_question]
 
     async def _of_question(self, question: Question) -> list[ReasoningPath | FailedPath]:
         """All chains at once; with `stop`, so many as may be enough, and more as long as they are not."""
@@ -180,7 +219,7 @@ class _Chains:
 
 
 def _sample_chunks(
-    chains: _Chains,
+    chains: Chains,
     questions: Sequence[Question],
     asked: Any,
     chunk: int,
@@ -208,7 +247,7 @@ def _sample_chunks(
 
 
 def sample_reasoner(
-    engine: Engine,
+    engine: Engine | ScaledOut,
     questions: Sequence[Question],
     p: SamplingParams,
     seed: int,

@@ -27,7 +27,7 @@ from tasks.stage import WORK
 if TYPE_CHECKING:
     from models.engines.weights import Probing, Weights
     from models.images import ImageSource
-    from tasks.engines import EngineParams, Role
+    from tasks.engines import EngineParams
 
 SERVERS = WORK / "servers"
 """Where lingering servers are remembered."""
@@ -36,10 +36,10 @@ PROBE_PATIENCE_S = 10.0
 
 @contextmanager
 def served(
-    role: Role, e: EngineParams, model: str, images: ImageSource | Path, swaps: Counter[str]
+    name: str, e: EngineParams, model: str, images: ImageSource | Path, swaps: Counter[str]
 ) -> Iterator[OpenAIEngine]:
-    """An engine that asks a server: the one at `e.url`, or one of ours. swaps: counts `reloads` and
-    `restarts` of a server that lingers. Raises EngineError."""
+    """An engine that asks a server: the one at `e.url`, or one of ours. name: of its log and
+    in messages. swaps: counts `reloads` and `restarts` of a server that lingers. Raises EngineError."""
     from models.engines.server import Server, ServerSettings, await_running, vllm_command
     from models.engines.weights import adapter_arguments, served_weights
 
@@ -51,12 +51,12 @@ def served(
         yield OpenAIEngine(e.url, model, images, e.capacity, client)
         return
     weights = served_weights(model, fingerprint)
-    probing = _probing(role, e, weights)
+    probing = _probing(name, e, weights)
     adapter = weights.adapter
     named = ["--lora-modules", f"{adapter.name}={adapter.path}"] if adapter and not e.linger_s else []
     settings = ServerSettings(
         weights.model,
-        log=WORK / "logs" / f"server-{role}.log",
+        log=WORK / "logs" / f"server-{name}.log",
         command=vllm_command(e.interpreter),
         arguments=[*e.arguments, *adapter_arguments(adapter, e.arguments), *named],
         environment=e.filled_environment,
@@ -69,14 +69,14 @@ def served(
         with borrower.borrow() as server:
             yield OpenAIEngine(server.url, server.model, images, e.capacity, client, server.revive)
         return
-    name = adapter.name if adapter else weights.model
+    served_name = adapter.name if adapter else weights.model
     with Server(settings) as own:
-        probing.check(_connect(own.url, name))
-        yield OpenAIEngine(own.url, name, images, e.capacity, client, own.revive)
+        probing.check(_connect(own.url, served_name))
+        yield OpenAIEngine(own.url, served_name, images, e.capacity, client, own.revive)
 
 
 @contextmanager
-def in_worker(role: Role, e: EngineParams, model: str, images: ImageSource | Path) -> Iterator[VLLMEngine]:
+def in_worker(name: str, e: EngineParams, model: str, images: ImageSource | Path) -> Iterator[VLLMEngine]:
     """vLLM's engine in a process of the stage's own. Raises EngineError."""
     from models.engines.weights import adapter_arguments, served_weights
 
@@ -84,7 +84,7 @@ def in_worker(role: Role, e: EngineParams, model: str, images: ImageSource | Pat
     adapter = weights.adapter
     named = ["--adapter", f"{adapter.name}={adapter.path}"] if adapter else []
     settings = WorkerSettings(
-        log=WORK / "logs" / f"vllm-{role}.log",
+        log=WORK / "logs" / f"vllm-{name}.log",
         command=worker_command(e.interpreter),
         arguments=[*e.arguments, *adapter_arguments(adapter, e.arguments), *named],
         environment=e.filled_environment,
@@ -92,7 +92,7 @@ def in_worker(role: Role, e: EngineParams, model: str, images: ImageSource | Pat
         seeded=e.seeded,
     )
     with VLLMEngine(weights.model, images, e.capacity, settings) as engine:
-        _probing(role, e, weights).check(engine)
+        _probing(name, e, weights).check(engine)
         yield engine
 
 
@@ -108,7 +108,7 @@ def _connect(url: str, name: str) -> OpenAIEngine:
     return OpenAIEngine(url, name, settings=ClientSettings(patience_s=PROBE_PATIENCE_S))
 
 
-def _probing(role: Role, e: EngineParams, weights: Weights) -> Probing:
+def _probing(name: str, e: EngineParams, weights: Weights) -> Probing:
     """With the probe of the checkpoint; says so if there is none."""
     from models.engines.weights import Probing, default_tolerance
     from models.probe import read_probe
@@ -118,5 +118,5 @@ def _probing(role: Role, e: EngineParams, weights: Weights) -> Probing:
     except ValueError as error:
         raise EngineError(str(error)) from None
     if probe is None:
-        print(f"{role}: {weights.folder} has no probe of its training: served as it is", file=sys.stderr)
+        print(f"{name}: {weights.folder} has no probe of its training: served as it is", file=sys.stderr)
     return Probing(probe, e.probe_tolerance or default_tolerance(e.arguments))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks import engines, params, roles
-from tasks.sampling import Row, sample_reasoner
+from tasks.sampling import Row, open_sampler, sample_reasoner
 from tasks.stage import StageError, StageRun, open_stage, settings
 
 CURATED, REASONER = Path("artifacts/curate"), Path("artifacts/reasoning_sft/checkpoint")
@@ -47,7 +47,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, Any]:
     ]
     asked = roles.training_questions("generate", p.questions, seed=1)
     sampled: list[Row] = []  # the summary set is held whole, here and where it is trained on
-    with engines.open_engine("reasoner", REASONER, asked, stage) as engine:
+    with open_sampler("reasoner", REASONER, asked, stage) as engine:
         sample_reasoner(engine, asked, p, seed, stage.scratch, take=sampled.append)
     own = [row for row in sampled if "reason" not in row]
     failed = len(sampled) - len(own)

@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,10 +85,14 @@ class OwnProcess:
         self._began = 0.0
 
     def start(
-        self, command: Sequence[str], environment: Mapping[str, str] | None = None, piped: bool = False
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        piped: bool = False,
+        folder: Path | None = None,
     ) -> None:
         """Start it; returns at once. environment: added to ours. piped: its stdin and stdout are those of
-        `watcher`, and only its stderr goes to the log."""
+        `watcher`, and only its stderr goes to the log. folder: its temporary files, which go with it."""
         channel = subprocess.PIPE if piped else None
         watcher = [sys.executable, "-E", "-P", "-c", WATCHER, ":".join(sys.path)]
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +100,7 @@ class OwnProcess:
         with self.log.open("ab") as log:
             self._log_start = log.tell()
             self.watcher = subprocess.Popen(
-                [*watcher, str(os.getpid()), str(self.grace_s), *command],
+                [*watcher, str(os.getpid()), str(self.grace_s), str(folder or ""), *command],
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 stdin=channel or subprocess.DEVNULL,
                 stdout=channel or log,
@@ -182,7 +187,7 @@ def _ended(status: int) -> str:
 
 def _watch() -> None:
     """The watcher's whole life. Exits with the process's status, 128 + signal if it was killed."""
-    owner, grace_s, command = int(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]
+    owner, grace_s, folder, command = int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5:]
     told: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: told.append(number))
@@ -197,6 +202,8 @@ def _watch() -> None:
         time.sleep(POLL_S)
     died = process.returncode
     _end_descendants(process, grace_s if died is None else ORPHAN_GRACE_S)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     status = died if died is not None else 0
     sys.exit(status if status >= 0 else 128 - status)
 

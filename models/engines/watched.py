@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from models.engines.base import Engine, EngineError, Failure, Reply, Request
@@ -26,6 +26,16 @@ class ErrorBudget:
     def exceeded(self, failed: int, asked: int) -> bool:
         """Whether `failed` of `asked` requests are too many."""
         return failed > max(self.few, self.share * asked)
+
+    def check(self, failures: Counter[str], asked: int, last: str) -> None:
+        """Raises EngineError when too many of the requests have failed. last: a failure, to be shown."""
+        failed = failures.total()
+        if self.exceeded(failed, asked):
+            raise EngineError(
+                f"{failed:,} of {asked:,} requests were given up on, more than the error budget allows "
+                f"({self.share:.0%}): {_counted(failures)}. The last one, {last}. What was answered is kept: "
+                "put right what causes it, and run again"
+            )
 
 
 @dataclass(frozen=True)
@@ -84,8 +94,23 @@ class Throughput:
         return ", ".join(parts)
 
 
+def together(parts: Sequence[Throughput], engines: int) -> Throughput:
+    """What several engines have done, `engines` of them at a time; the others had died."""
+    total = Throughput()
+    for part in parts:
+        total.answered += part.answered
+        total.prompt_tokens += part.prompt_tokens
+        total.cached_tokens += part.cached_tokens
+        total.output_tokens += part.output_tokens
+        total.seconds += part.seconds / engines
+        total.busy += part.busy
+        total.failures += part.failures
+    return total
+
+
 class WatchedEngine:
-    """`engine`, counted; raises EngineError once more has failed than the budget allows."""
+    """`engine`, counted; raises EngineError once more has failed than the budget allows. asked: requests so
+    far. last_failure: which one, and why."""
 
     def __init__(
         self,
@@ -95,11 +120,12 @@ class WatchedEngine:
     ) -> None:
         self.engine, self.budget, self.throughput = engine, budget, Throughput()
         self.capacity, self.independent = engine.capacity, engine.independent
-        self._clock, self._asked, self._under_way, self._since = clock, 0, 0, 0.0
+        self.asked, self.last_failure = 0, ""
+        self._clock, self._under_way, self._since = clock, 0, 0.0
 
     async def ask(self, request: Request) -> Reply:
         """Engine.ask, counted."""
-        self._asked += 1
+        self.asked += 1
         self._count(+1)
         try:
             reply = await self.engine.ask(request)
@@ -130,14 +156,8 @@ class WatchedEngine:
             done.output_tokens += reply.tokens
             return
         done.failures[reply.reason] += 1
-        failed = done.failures.total()
-        if self.budget.exceeded(failed, self._asked):
-            raise EngineError(
-                f"{failed:,} of {self._asked:,} requests were given up on, more than the error budget allows "
-                f"({self.budget.share:.0%}): {_counted(done.failures)}. The last one, {request.key}: "
-                f"{reply.reason} ({reply.detail}). What was answered is kept: put right what causes it, "
-                "and run again"
-            )
+        self.last_failure = f"{request.key}: {reply.reason} ({reply.detail})"
+        self.budget.check(done.failures, self.asked, self.last_failure)
 
 
 def _counted(kinds: Mapping[str, int]) -> str:

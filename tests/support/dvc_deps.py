@@ -28,6 +28,10 @@ EXEMPT = {
     "models/engines/keeper.py": "starts and stops a server",
     "models/engines/lingering.py": "starts a server, or takes one over",
     "models/engines/weights.py": "compares what is served with what was trained; no output depends on it",
+    "tasks/cluster.py": "starts a cluster, or joins one",
+    "tasks/scale_out.py": "says where the step loop runs; what is asked stands elsewhere",
+    "tasks/sampling_actor.py": "runs the step loop elsewhere",
+    "tasks/shared_journal.py": "keeps what was answered",
     "tasks/served.py": "starts engines and has them checked; what they are asked stands elsewhere",
 }
 DATA_FOLDERS = ("models/prompts",)  # packages whose other files are read at run time: the folder is the dep

@@ -143,6 +143,27 @@ def test_the_first_value_of_a_key_stays(tmp_path: Path) -> None:
     assert journal.written == 0
 
 
+def test_all_steps_of_a_record_are_found_wherever_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    records = ["q", "q1", "q10", "q1é", "r/2", "z"]
+    with Journal(path) as journal:
+        for number, record in enumerate(records):
+            for sample in range(3):
+                journal.put(f"{record}/{sample}/0:ab", {"n": number})
+        waiting = {record: journal.steps_of(record) for record in records}
+        journal.flush()
+        assert {record: journal.steps_of(record) for record in records} == waiting
+        journal.compact()
+    with Journal(path) as journal:
+        assert {record: journal.steps_of(record) for record in records} == waiting
+        journal.put("q1/0/0:ab", {"n": 99})
+        journal.put("q1/0/1:cd", {"n": 5})
+        assert journal.steps_of("q1") == {**waiting["q1"], "q1/0/1:cd": {"n": 5}}
+        assert journal.steps_of("q11") == {}
+    expected = {f"q1/{sample}/0:ab": {"n": 1} for sample in range(3)}
+    assert waiting["q1"] == expected
+
+
 def test_flush_waits_for_the_disk(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     with Journal(path) as journal, ThreadPoolExecutor(1) as thread:
