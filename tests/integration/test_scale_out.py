@@ -47,7 +47,7 @@ def recorder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder
 
 
 @pytest.fixture
-def start(folder: Path) -> Iterator[Start]:
+def start(folder: Path, recorder: Recorder) -> Iterator[Start]:
     """start(scale): the stage with that `scale`."""
     started: list[subprocess.Popen[bytes]] = []
 
@@ -55,7 +55,7 @@ def start(folder: Path) -> Iterator[Start]:
         params = json.loads((folder / "params.yaml").read_text())
         params["engines"]["generator"]["scale"] = scale
         (folder / "params.yaml").write_text(json.dumps(params))
-        started.append(resume.start(folder))
+        started.append(resume.start(folder, len(recorder.calls.kills)))
         return started[-1]
 
     yield call
