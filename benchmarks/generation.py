@@ -5,19 +5,20 @@
     python -m benchmarks.generation --from-artifacts .             # the chains and generator of a checkout
 
 Four clients of one model with the same engine arguments play the same finished trace (benchmarks/traces.py):
-the same prompts with their images, as many tokens a call, constrained alike, sampled.
+the same prompts with their images, the same texts, constrained by the same schemas. The model computes every
+token; a logits processor then leaves only the trace's to be drawn (benchmarks/peers/trace_replay.py), so that
+chains go on with what was written, as in life, and find it in the cache.
 
 - one at a time: vLLM's own `LLM.chat`, a call when the one before has come back, as the published generator
   works. It asks the calls of the first questions only: its rate does not depend on how many there are.
 - the bound: vLLM's own `LLM.chat` with every call of the trace at once. No chain can be sampled like that:
-  a step's prompt holds the steps before it.
+  a step's prompt holds the steps before it. It keeps the engine full from the first call to the last, but
+  computes prompts whose beginning is still being written beside them, which chains find in the cache.
 - Longview, `kind: vllm` and `kind: openai` with `launch`: as a stage samples, with the journal on, every
   chain asking for a step when it has the one before.
 
 The prefix cache is on for all. Runs take turns; in every run each board has one pixel of its own, so that
-nothing is left of earlier runs in any cache and within a run all profit alike from what calls share. What a
-model writes is not what the trace goes on with, so nobody finds a step's text in the cache that has only
-just been written; in life chains of ours do, and so does one at a time.
+nothing is left of earlier runs in any cache.
 
 vLLM is that of --python, or of $VLLM_PYTHON, or its CPU build, which is installed (`make vllm`). All clients'
 engines are loaded at once, so each gets a share of the memory only.
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -45,8 +47,8 @@ import orjson
 
 from benchmarks import results
 from benchmarks.results import ROOT, Row, Table
-from benchmarks.traces import SETTINGS, Plan, Replay, Trace, calls, drawn, numbered, recorded
-from models.engines.base import Engine, Request
+from benchmarks.traces import SETTINGS, Trace, calls, drawn, numbered, recorded, write_script
+from models.engines.base import Engine, EngineError, Request
 from models.engines.journalled import JournalledEngine
 from models.engines.openai import ClientSettings, OpenAIEngine, chat
 from models.engines.process import OwnProcess
@@ -54,7 +56,8 @@ from models.engines.server import Server, ServerSettings, vllm_command
 from models.engines.vllm import VLLMEngine, WorkerSettings, worker_command
 from models.engines.watched import WatchedEngine
 from models.journal import Journal
-from models.reasoning import progressive_chain
+from models.reasoning import progressive_chain, step_json
+from models.records import Step
 from tasks import roles
 from tasks.sampling import sample_chains
 
@@ -65,13 +68,14 @@ SAMPLES = 4
 CAPACITY = 128
 """Of our clients, twice --max-num-seqs: the next requests wait in the engine."""
 WORK = ROOT / ".work"
-PEER = ROOT / "benchmarks" / "peers" / "vllm_peer.py"
+PEERS = ROOT / "benchmarks" / "peers"
 WARM_UP = 8
 """Questions."""
 PROFILE = ROOT / "profiles" / "embedded.yaml"
 COMMON = [
     *("--max-model-len", "1024", "--max-num-seqs", "64", "--limit-mm-per-prompt", '{"image": 1}'),
     *("--structured-outputs-config", '{"disable_any_whitespace": true, "backend": "xgrammar"}'),
+    *("--logits-processors", "trace_replay:TraceReplay"),
 ]
 ON_CPU = [
     *("--dtype", "float32", "--enforce-eager", "--block-size", "32", "--gpu-memory-utilization", "0.1"),
@@ -101,10 +105,9 @@ class Run:
 @dataclass(frozen=True)
 class Work:
     """What every client is given to do. model: a checkpoint's folder; first: calls that are made one at a
-    time; folder: scratch, where the boards are."""
+    time; folder: scratch, where the boards and the model's script are."""
 
     trace: Trace
-    plan: Plan
     model: Path
     first: int
     folder: Path
@@ -112,6 +115,10 @@ class Work:
     @property
     def boards(self) -> Path:
         return self.folder / "boards"
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "script.json"
 
     def numbered(self, number: int) -> Trace:
         """The trace with boards of its own."""
@@ -137,7 +144,7 @@ class Peer:
 
     def __init__(self, vllm: Vllm, work: Work) -> None:
         self._process = OwnProcess("vLLM's LLM", work.folder / "peer.log")
-        command = [vllm.python, str(PEER), "--model", str(work.model), *vllm.arguments]
+        command = [vllm.python, str(PEERS / "vllm_peer.py"), "--model", str(work.model), *vllm.arguments]
         self._process.start(command, vllm.environment, piped=True)
 
     def __enter__(self) -> Peer:
@@ -149,11 +156,11 @@ class Peer:
 
     def one_at_a_time(self, work: Work, number: int) -> Run:
         """The first calls, each when the one before has come back."""
-        return self._run("one", calls(work.numbered(number), work.plan)[: work.first], work)
+        return self._run("one", calls(work.numbered(number))[: work.first], work)
 
     def all_at_once(self, work: Work, number: int) -> Run:
         """Every call."""
-        return self._run("all", calls(work.numbered(number), work.plan), work)
+        return self._run("all", calls(work.numbered(number)), work)
 
     def _run(self, how: Literal["one", "all"], asked: Sequence[Request], work: Work) -> Run:
         file = work.folder / "calls.jsonl"
@@ -188,16 +195,16 @@ def told(call: Request, boards: Path) -> bytes:
 
 
 def sample(engine: Engine, work: Work, number: int) -> Run:
-    """Every chain of the trace as a stage samples them, its journal included."""
+    """Every chain of the trace as a stage samples them, its journal included. Raises EngineError if other
+    chains came."""
     trace = work.numbered(number)
     watched = WatchedEngine(engine)
-    replay = Replay(watched, work.plan)
     with tempfile.TemporaryDirectory(dir=work.folder) as scratch:
         began = time.perf_counter()
         with Journal(Path(scratch) / "generator.journal") as journal:
             rows: list[Any] = []
             sample_chains(
-                JournalledEngine(replay, journal),
+                JournalledEngine(watched, journal),
                 trace.questions,
                 trace.samples,
                 lambda engine, question, sample: progressive_chain(engine, question, sample, SETTINGS, 0),
@@ -207,14 +214,28 @@ def sample(engine: Engine, work: Work, number: int) -> Run:
                 rows.append,
             )
         seconds = time.perf_counter() - began
-    if any("reason" in row for row in rows):
-        raise RuntimeError(f"a chain of the trace failed: {next(row for row in rows if 'reason' in row)}")
-    return Run(seconds, len(replay.asked), replay.tokens, replay.prompt_tokens, replay.cached_tokens)
+    if not same_chains(rows, trace):
+        raise EngineError(f"the engine did not write the trace's chains, but {rows[0]}, …")
+    done = watched.throughput
+    return Run(seconds, done.answered, done.output_tokens, done.prompt_tokens, done.cached_tokens)
+
+
+def same_chains(rows: Sequence[Mapping[str, Any]], trace: Trace) -> bool:
+    """Whether these are the trace's chains. Those of questions with the same words may change places."""
+    words = {question.id: question.question for question in trace.questions}
+    found = Counter(
+        (words[row["question_id"]], *(step_json(Step(**step)) for step in row["steps"]), row["answer"])
+        for row in rows
+        if "reason" not in row
+    )
+    return found == Counter(chain.said for chain in trace.chains)
 
 
 @contextmanager
 def clients(vllm: Vllm, work: Work) -> Iterator[dict[str, Callable[[Work, int], Run]]]:
     """What runs each client once through a trace, by its name; all engines are loaded."""
+    replayed = {"TRACE_REPLAY": str(work.script), "PYTHONPATH": str(PEERS)}
+    vllm = replace(vllm, environment={**vllm.environment, **replayed})
     settings = ClientSettings(seeded=False)
     worker = WorkerSettings(
         work.folder / "vllm.log", worker_command(vllm.python), vllm.arguments, vllm.environment, seeded=False
@@ -285,23 +306,30 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 def prepare(trace: Trace, checkpoint: Path | None, first: int, folder: Path) -> Work:
     """The work with its model: that of a checkpoint, or a random one of the embedded profile's sizes."""
+    from transformers import AutoProcessor
+
+    work = Work(trace, checkpoint or folder / "model", first, folder)
+    if checkpoint is None:
+        make_model(trace, work.model)
+    processor = AutoProcessor.from_pretrained(work.model)
+    write_script(work.numbered(0), processor, work.boards, work.script)
+    return work
+
+
+def make_model(trace: Trace, folder: Path) -> None:
+    """Random weights, and a tokenizer of the trace's words."""
     import torch
-    from transformers import AutoTokenizer
 
     from models.tiny import build_model, build_processor, train_tokenizer
     from models.vlm import save
     from tasks import foundation, params
 
-    if checkpoint is not None:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        return Work(trace, Plan(trace, tokenizer), checkpoint, first, folder)
     sizes = params.load("foundation", foundation.Params, PROFILE).sizes
     tokenizer = train_tokenizer(
         [*trace.texts.values(), *(q.question for q in trace.questions)], sizes.vocabulary
     )
     torch.manual_seed(0)
-    save(build_model(sizes, tokenizer), build_processor(tokenizer, sizes), folder / "model")
-    return Work(trace, Plan(trace, tokenizer), folder / "model", first, folder)
+    save(build_model(sizes, tokenizer), build_processor(tokenizer, sizes), folder)
 
 
 def find_vllm(python: str | None) -> Vllm:
@@ -320,7 +348,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", type=int, default=5, help="of each client")
-    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=128, help="of 4 chains")
     parser.add_argument("--one-at-a-time", type=int, default=40, metavar="CALLS", help="of each run")
     parser.add_argument(
         "--from-artifacts", type=Path, metavar="DIR", help="a checkout: its generator and chains"

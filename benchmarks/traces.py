@@ -1,12 +1,8 @@
-"""A finished trace of step chains, and an engine that plays it again: the same prompts and lengths each time.
+"""Finished traces of step chains, to be played again by a model: the same prompts and texts each time.
 
-    trace = drawn(questions=24, samples=4)         # made up
-    trace = recorded(Path("."), questions=24)      # what `generate` sampled in a checkout
-    plan = Plan(trace, tokenizer)
-    replay = Replay(engine, plan)                  # progressive_chain(replay, ...) plays a chain
-
-What a model writes with a call is drawn anew every time, so a call is held to its planned number of tokens,
-and the chain goes on with the text of the trace.
+trace = drawn(questions=24, samples=4)         # made up
+trace = recorded(Path("."), questions=24)      # what `generate` sampled in a checkout
+write_script(trace, processor, boards, file)   # for vLLM, which then writes the trace's texts
 """
 
 from __future__ import annotations
@@ -16,13 +12,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from models.engines.base import Completion, Engine, Failure, Reply, Request
-from models.reasoning import MAX_CONTENT, Settings, progressive_chain, step_json
+import orjson
+
+from models.engines.base import Completion, Reply, Request
+from models.reasoning import Settings, progressive_chain, step_json
 from models.records import Question, Step
+from models.vlm import Encoder
 
-SETTINGS = Settings("short", min_steps=1, max_steps=32, attempts=1, repetition_penalty=1.0)
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+SETTINGS = Settings("short", 1, 32, max_new_tokens=256, attempts=1, repetition_penalty=1.0)
 """Of the chains, as the embedded profile has it; more steps are allowed than any chain has."""
 
 
@@ -53,6 +55,12 @@ class Chain:
     sample: int
     steps: Sequence[Step]
     answer: str
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What tells it from others, whoever has it: chains of one question, or of questions with the same
+        words, may change places."""
+        return (self.question.question, *map(step_json, self.steps), self.answer)
 
     @property
     def texts(self) -> dict[str, str]:
@@ -154,73 +162,41 @@ def numbered(trace: Trace, number: int, folder: Path) -> Trace:
     return Trace([replace(chain, question=own(chain.question)) for chain in trace.chains], boards)
 
 
-class Plan:
-    """How many tokens each call of a trace takes. tokens: by request key."""
-
-    def __init__(self, trace: Trace, tokenizer: Any) -> None:
-        self.texts = trace.texts
-        self.tokens = {
-            key: len(tokenizer(text, add_special_tokens=False).input_ids) + 1
-            for key, text in self.texts.items()
-        }
-
-    def held(self, request: Request) -> Request:
-        """The request, which takes its planned number of tokens and cannot end before: the text that it is
-        constrained to is longer than that."""
-        sampling = replace(request.sampling, max_new_tokens=self.tokens[request.key])
-        return replace(request, sampling=sampling, schema=endless(request.schema))
-
-
-def calls(trace: Trace, plan: Plan) -> list[Request]:
-    """All of the finished trace, held to the plan, by question, sample and step."""
-    replay = Replay(None, plan)
+def calls(trace: Trace) -> list[Request]:
+    """All of the finished trace, by question, sample and step."""
+    told = Told(trace)
 
     async def run() -> None:
         for chain in trace.chains:
-            await progressive_chain(replay, chain.question, chain.sample, SETTINGS, 0)
+            await progressive_chain(told, chain.question, chain.sample, SETTINGS, 0)
 
     asyncio.run(run())
-    return replay.asked
+    return told.asked
 
 
-def endless(schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A step's schema whose content goes on for ever; for an answer, a text that does."""
-    text = {"type": "string", "minLength": MAX_CONTENT, "maxLength": MAX_CONTENT}
-    if schema is None:
-        return text
-    return {**schema, "properties": {**schema["properties"], "content": text}}
+class Told:
+    """An engine without a model, which says what the trace says. asked: all calls."""
 
+    capacity, independent = 1, True
 
-class Replay:
-    """An engine whose calls are held to the plan and answered with the trace's texts. Without an engine
-    nothing is asked.
-
-    asked: the calls, as they are held. tokens, prompt_tokens, cached_tokens: of all replies.
-    """
-
-    independent = True
-
-    def __init__(self, engine: Engine | None, plan: Plan) -> None:
-        self.engine, self.plan = engine, plan
-        self.capacity = engine.capacity if engine else 1
+    def __init__(self, trace: Trace) -> None:
+        self.texts = trace.texts
         self.asked: list[Request] = []
-        self.tokens = self.prompt_tokens = self.cached_tokens = 0
 
     async def ask(self, request: Request) -> Reply:
-        """Engine.ask. Raises RuntimeError for a reply that is not as long as planned."""
-        held, text = self.plan.held(request), self.plan.texts[request.key]
-        self.asked.append(held)
-        if self.engine is None:
-            return Completion(text, held.sampling.max_new_tokens, True)
-        reply = await self.engine.ask(held)
-        if isinstance(reply, Failure) or reply.tokens != held.sampling.max_new_tokens:
-            raise RuntimeError(f"{request.key}: {held.sampling.max_new_tokens} tokens were planned: {reply}")
-        self.tokens += reply.tokens
-        self.prompt_tokens += reply.prompt_tokens
-        self.cached_tokens += reply.cached_tokens
-        return replace(reply, text=text, finished=True)
+        """Engine.ask."""
+        self.asked.append(request)
+        return Completion(self.texts[request.key], 1, True)
 
     async def close(self) -> None:
-        """Engine.close."""
-        if self.engine is not None:
-            await self.engine.close()
+        """Holds nothing."""
+
+
+def write_script(trace: Trace, processor: ProcessorMixin, boards: Path, file: Path) -> None:
+    """What TraceReplay (benchmarks/peers/trace_replay.py) has a model write: for every call of the trace its
+    prompt and its text, as token ids."""
+    encoder = Encoder(processor, boards)
+    encoder.prepare(trace.questions[0].images)
+    texts = trace.texts
+    told = [[encoder.prompt(call.prompt), encoder.answer_ids(texts[call.key])] for call in calls(trace)]
+    file.write_bytes(orjson.dumps(told))

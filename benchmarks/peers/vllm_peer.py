@@ -76,11 +76,12 @@ def sampling(call: dict[str, Any]) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+    schema = call["schema"]
     return SamplingParams(
         temperature=call["temperature"],
         top_p=call["top_p"],
         max_tokens=call["max_tokens"],
-        structured_outputs=StructuredOutputsParams(json=call["schema"]),
+        structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 

@@ -20,7 +20,7 @@ from benchmarks import chains_memory, client_overhead, generation, local_engine,
 from benchmarks.client_overhead import BARE, CHAINS, OURS, PEERS, Load, PeerError
 from benchmarks.mock_server import MockServer
 from benchmarks.results import Row
-from models.engines.base import Completion
+from models.engines.base import EngineError
 from models.engines.local import LocalEngine
 from models.reasoning import Settings
 from models.records import FailedPath, Question, read_questions
@@ -254,52 +254,45 @@ def test_a_folder_without_a_generator_is_named(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def work(tmp_path: Path, tiny_processor: Any) -> generation.Work:
+def work(tmp_path: Path) -> generation.Work:
     """Two questions, three chains each."""
-    trace = traces.drawn(questions=2, samples=3)
-    return generation.Work(trace, traces.Plan(trace, tiny_processor.tokenizer), Path("m"), 5, tmp_path)
-
-
-class Exact:
-    """An engine that writes as many tokens as it may, or one more."""
-
-    capacity, independent = 2, True
-
-    def __init__(self, more: int = 0) -> None:
-        self.more, self.asked = more, []
-
-    async def ask(self, request: Any) -> Completion:
-        self.asked.append(request)
-        return Completion("{", request.sampling.max_new_tokens + self.more, False, 40, 32)
-
-    async def close(self) -> None:
-        """Holds nothing."""
+    return generation.Work(traces.drawn(questions=2, samples=3), Path("m"), 5, tmp_path)
 
 
 def test_all_clients_are_asked_the_same_calls(work: generation.Work) -> None:
-    engine = Exact()
+    engine = traces.Told(work.trace)
     run = generation.sample(engine, work, 7)
-    asked = traces.calls(work.numbered(7), work.plan)
+    asked = traces.calls(work.numbered(7))
     assert {call.key: call for call in engine.asked} == {call.key: call for call in asked}
-    assert run.calls == len(asked) == sum(len(chain.steps) + 1 for chain in work.trace.chains)
-    assert run.tokens == sum(work.plan.tokens.values()) and run.cached_tokens == 32 * run.calls
-    with pytest.raises(RuntimeError, match=r"q0000/\d/1.0: \d+ tokens were planned"):
-        generation.sample(Exact(more=1), work, 8)
+    assert run.calls == run.tokens == len(asked) == sum(len(chain.steps) + 1 for chain in work.trace.chains)
 
 
-def test_a_trace_is_asked_by_question_sample_and_step_and_a_call_cannot_end_early(
-    work: generation.Work,
-) -> None:
-    asked = traces.calls(work.trace, work.plan)
+def test_an_engine_that_writes_other_chains_is_refused(work: generation.Work) -> None:
+    first, *others = work.trace.chains
+    for changed in (replace(first, answer="other"), replace(first, steps=first.steps[-1:])):
+        with pytest.raises(EngineError, match="did not write the trace's chains"):
+            generation.sample(traces.Told(replace(work.trace, chains=[changed, *others])), work, 8)
+    swapped = [replace(chain, sample=2 - chain.sample) for chain in work.trace.chains]
+    generation.sample(traces.Told(replace(work.trace, chains=swapped)), work, 9)
+
+
+def test_a_trace_is_asked_by_question_sample_and_step(work: generation.Work) -> None:
+    asked = traces.calls(work.trace)
     first = work.trace.chains[0]
     steps = [f"q0000/0/{n}.0" for n in range(1, len(first.steps) + 1)]
     assert [call.key for call in asked[: len(steps) + 1]] == [*steps, "q0000/0/answer"]
     for shorter, longer in itertools.pairwise(call.prompt.turns for call in asked[: len(steps) + 1]):
         assert len(longer) == len(shorter) + 1 and longer[0][0] == shorter[0][0]
-    for call in asked:
-        assert call.schema is not None
-        said = call.schema["properties"]["content"] if "properties" in call.schema else call.schema
-        assert said["minLength"] > 20 * call.sampling.max_new_tokens
+
+
+def test_the_script_holds_prompt_and_text_of_every_call(work: generation.Work, tiny_processor: Any) -> None:
+    trace, tokenizer = work.numbered(0), tiny_processor.tokenizer
+    traces.write_script(trace, tiny_processor, work.boards, work.script)
+    script = json.loads(work.script.read_text())
+    texts = list(trace.texts.values())
+    assert [tokenizer.decode(text) for _, text in script] == [text + tokenizer.eos_token for text in texts]
+    for (prompt, _), call in zip(script, traces.calls(trace), strict=True):
+        assert prompt.count(tiny_processor.image_token_id) == 9 and len(call.prompt.turns) > 0
 
 
 def test_every_run_has_boards_of_its_own(work: generation.Work) -> None:
