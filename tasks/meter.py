@@ -20,19 +20,26 @@ Advance = Callable[[int, float], None]
 
 @contextmanager
 def meter(items: str, total: float, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
-    """Show how many `items` are done, how many a second, and how long the rest of `total` will take."""
+    """Show how many `items` are done, how many a second, and how long the rest of `total` will take: at the
+    rate since the first were done, which may have taken long (loading, many under way at once)."""
     start = clock()
     last = [0, 0.0]
+    first: list[float] = []
 
     def status(done: int, work: float) -> str:
-        elapsed = max(clock() - start, 1e-9)
-        left = f", {elapsed * (total - work) / work:,.0f} s left" if 0 < work < total else ""
-        return f"{done:,} {items}, {done / elapsed:,.0f}/s{left}"
+        now = clock()
+        rate = done / max(now - start, 1e-9)
+        left = ""
+        if first and first[1] < work < total:
+            left = f", {(now - first[0]) * (total - work) / (work - first[1]):,.0f} s left"
+        return f"{done:,} {items}, {rate:,.{0 if rate >= 10 else 1}f}/s{left}"
 
     with _bar(total) if sys.stderr.isatty() else _lines(clock) as show:
 
         def advance(done: int, work: float) -> None:
             last[:] = [done, work]
+            if not first and work:
+                first[:] = [clock(), work]
             show(lambda: status(done, work), work, False)
 
         yield advance
