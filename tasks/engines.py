@@ -208,29 +208,38 @@ def open_engine(
 ) -> Iterator[Engine]:
     """The engine of a role. checkpoint: the role's model, unless the parameter names another.
 
-    vLLM and servers are tried with the first of the questions before anything else. Where replies are
-    independent of each other they are kept in the stage's scratch folder: what was answered before a kill is
-    not asked again. In the end a line says how fast it was. It is one engine, whatever `scale` says: what
-    samples in several actors is opened by tasks.sampling.open_sampler.
-    Raises EngineError that says what is wrong and what to do.
+    Where replies are independent of each other they are kept in the stage's scratch folder: what was answered
+    before a kill is not asked again, and vLLM and servers are opened with the first request that is not kept,
+    and tried with the first of the questions before that. In the end a line says how fast it was. It is one
+    engine, whatever `scale` says: what samples in several actors is opened by tasks.sampling.open_sampler.
+    Raises EngineError that says what is wrong and what to do, then or at the first request.
     """
     from models.engines.journalled import JournalledEngine
-    from models.engines.watched import ErrorBudget, WatchedEngine
+    from models.engines.lazy import LazyEngine
+    from models.engines.watched import ErrorBudget, Throughput, WatchedEngine
     from models.journal import Journal
 
     e = engine_params(role)
     swaps: Counter[str] = Counter()
+
+    @contextmanager
+    def opening() -> Iterator[WatchedEngine]:
+        with bare_engine(role, e, e.model or str(checkpoint), questions, images, swaps) as engine:
+            yield WatchedEngine(engine, ErrorBudget(e.error_budget))
+
     with ExitStack() as opened:
-        model = e.model or str(checkpoint)
-        engine = opened.enter_context(bare_engine(role, e, model, questions, images, swaps))
-        watched = WatchedEngine(engine, ErrorBudget(e.error_budget))
-        if engine.independent:
+        if e.independent:
+            lazy = opened.enter_context(LazyEngine(opening, e.capacity))
             path = _judged(role, checkpoint, e) if role in JUDGES else stage.scratch / f"{role}.journal"
-            journal = opened.enter_context(Journal(path))
-            yield JournalledEngine(watched, journal)
+            yield JournalledEngine(lazy, opened.enter_context(Journal(path)))
+            watched = lazy.engine
         else:
+            watched = opened.enter_context(opening())
             yield watched
-        report(role, e, watched.throughput, retries_of(engine), swaps, stage)
+        if watched is None:
+            report(role, e, Throughput(), {}, swaps, stage)
+        else:
+            report(role, e, watched.throughput, retries_of(watched.engine), swaps, stage)
 
 
 @contextmanager
@@ -295,6 +304,8 @@ def report(
     engines: so many have done it together."""
     capacity = e.capacity * engines
     line, numbers = done.line(capacity, retries), done.numbers(capacity)
+    if not numbers["requests"]:
+        line = "not asked: every reply was kept"
     numbers |= {"retries": sum(retries.values()), **more}
     if e.prices is not None:
         numbers["cost"] = done.cost(e.prices)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -57,7 +58,7 @@ def set_up(folder: Path, monkeypatch: pytest.MonkeyPatch, engine: dict[str, Any]
 
 
 def generate() -> subprocess.CompletedProcess[str]:
-    return subprocess.run(STAGE, capture_output=True, text=True, check=False)
+    return subprocess.run(STAGE, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_killed_it_sends_only_what_is_missing_and_ends_with_the_same_bytes(
@@ -80,6 +81,26 @@ def test_killed_it_sends_only_what_is_missing_and_ends_with_the_same_bytes(
     assert contents(OUT) == whole
     under_way = 4 + 2 * 4  # in flight at the kill, or answered in the last moments before it
     assert server.stats()["calls"] <= everything - sent + canary + under_way
+
+
+def test_where_every_reply_is_kept_no_server_is_needed(workspace: Path, server: MockServer) -> None:
+    code = """
+        import os, time
+        from tasks import generate, outcomes
+
+        def killed(*_):
+            time.sleep(0.2)  # the last replies are durable by then
+            os._exit(9)
+
+        outcomes.Outcomes.__exit__ = killed
+        generate.main()
+        """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert killed.returncode == 9
+    server.stop()
+    ended = generate()
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "generator: not asked: every reply was kept" in ended.stderr
 
 
 def test_what_is_answered_survives_a_move_of_the_server(workspace: Path, server: MockServer) -> None:
@@ -216,6 +237,9 @@ class Recorded(StageRun):
 def test_reloads_and_restarts_of_a_server_that_lingers_are_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    from models.engines.base import Sampling
+    from models.engines.base import generate as generate_from
+    from models.vlm import Conversation
     from tasks.engines import open_engine
 
     python = tmp_path / "python"
@@ -229,8 +253,8 @@ def test_reloads_and_restarts_of_a_server_that_lingers_are_counted(
             folder, stage = stand_in_vllm.checkpoint(tmp_path / f"r{round}", weights), Recorded(tmp_path)
             if round == 2:
                 (folder / "probe.json").unlink()
-            with open_engine("generator", folder, [], stage):
-                pass
+            with open_engine("generator", folder, [], stage) as engine:
+                generate_from(engine, [Conversation([], [(f"Round {round}?", "")])], Sampling())
             counted.append([stage.logged[f"engine/generator/{name}"] for name in ("reloads", "restarts")])
     finally:
         stop_lingering(SERVERS)
@@ -306,6 +330,5 @@ def test_judging_ahead_leaves_nothing_to_ask_and_changes_nothing(judged: Path, s
     params.write_text(params.read_text().replace("model: judge\n", "model: judge\n    ahead: true\n"))
     shutil.rmtree(".work")
     sampled_and_judged, left = calls_of("generate"), calls_of("assess")
-    canary = left
     assert contents(Path("artifacts/assess")) == plain
-    assert 0 < canary < asked and sampled_and_judged - sampled == asked
+    assert left == 0 and sampled_and_judged - sampled == asked
