@@ -1,6 +1,6 @@
 """A module's forward, replaced for a while.
 
-with replaced(model.base_model, lambda plain: lambda **inputs: plain(**inputs)):
+with replaced(backbone(model), lambda plain: lambda **inputs: plain(**inputs)):
     ...
 """
 
@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 Forward = Callable[..., Any]
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, where adapters (peft) are wrapped around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model: PreTrainedModel) -> Any:
+    """The model without its head: what gives the last hidden states."""
+    return unwrapped(model).base_model
 
 
 @contextmanager

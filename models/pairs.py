@@ -83,18 +83,25 @@ class PreferenceCollator:
         }
 
     def _images(self, pictures: list[list[str]]) -> dict[str, torch.Tensor]:
-        """The image tensors, and `image_ids`, a number for every image."""
+        """The image tensors, and `image_ids`, a number for every image, or every tile of one."""
         import torch
 
-        numbers = [number(name) for names in pictures for name in names]
-        known = {"image_ids": torch.tensor(numbers)} if numbers else {}
-        return {**stack_pixels(self.encoder, pictures), **known}
+        tensors = stack_pixels(self.encoder, pictures)
+        tiles = [number(*key) for names in pictures if names for key in self._tiles(names)]
+        return {**tensors, "image_ids": torch.tensor(tiles)} if tiles else tensors
+
+    def _tiles(self, pictures: list[str]) -> list[tuple[str, int]]:
+        """Pictures and place among their rows [3, height, width]; nothing where a family cuts them into
+        patches."""
+        pixels = self.encoder.pixels(pictures)["pixel_values"]
+        count = {5: pixels.shape[1], 4: pixels.shape[0]}.get(pixels.ndim, 0)
+        return [("\n".join(pictures), place) for place in range(count)]
 
 
 @lru_cache(maxsize=1 << 16)
-def number(picture: str) -> int:
-    """A number for an image that its name alone decides, the same in every batch and process; 56 bits."""
-    return int.from_bytes(hashlib.blake2b(picture.encode(), digest_size=7).digest())
+def number(pictures: str, place: int) -> int:
+    """A number that the name alone decides, the same in every batch and process; 56 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{place} {pictures}".encode(), digest_size=7).digest())
 
 
 class SharedCollator(PreferenceCollator):

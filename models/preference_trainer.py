@@ -52,6 +52,7 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
     batch_tokens: most tokens in one forward pass of the reference, 0 for no limit."""
 
     class Companion(trainer):
+        ref_model: Any
         _share, _pairs, _since = 1.0, 0, 0.0
 
         def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:

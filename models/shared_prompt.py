@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from models.forwards import Forward, replaced
+from models.forwards import Forward, backbone, replaced, unwrapped
 
 if TYPE_CHECKING:
     import torch
@@ -40,14 +40,10 @@ def obstacle(model: PreTrainedModel) -> str | None:
     tokens.
     """
     text = model.config.get_text_config()
+    if model.config.is_encoder_decoder or getattr(text, "cross_attention_layers", None):
+        return "its text model attends to an encoder"
     other = sorted(set(getattr(text, "layer_types", None) or []) - {"full_attention"})
-    if other:
-        return f"its text model has layers of {', '.join(other)}"
-    if getattr(text, "cross_attention_layers", None):
-        return "its text model reads images by cross-attention"
-    if not model.config.is_encoder_decoder and not getattr(model, "_supports_sdpa", False):
-        return "it does not support scaled dot product attention"
-    return "it has an encoder of its own for the prompt" if model.config.is_encoder_decoder else None
+    return f"its text model has layers of {', '.join(other)}" if other else None
 
 
 def shared_attention(
@@ -97,18 +93,18 @@ def completion_mask(valid: torch.Tensor, length: int) -> torch.Tensor:
     return torch.cat([prompt, own], dim=2).repeat(2, 1, 1)[:, None]
 
 
-def positions(backbone: Any, pair_ids: torch.Tensor, valid: torch.Tensor, length: int, **images: Any) -> Any:
+def positions(model: Any, pair_ids: torch.Tensor, valid: torch.Tensor, length: int, **images: Any) -> Any:
     """Positions [pairs, P + 2C], or [3, pairs, P + 2C] where the model counts time, height and width of
     images (M-RoPE: arXiv 2409.12191, 2.1): the prompt's own, from its end on for either completion."""
     import torch
 
     prompt = valid[:, : valid.shape[1] - 2 * length]
     steps = torch.arange(length, device=valid.device).repeat(2)
-    if hasattr(backbone, "get_rope_index"):
+    if hasattr(model, "get_rope_index"):
         ids = pair_ids[:, : prompt.shape[1]]
         grids = {name: value for name, value in images.items() if name.endswith("_grid_thw")}
-        types = (ids == backbone.config.image_token_id).int()
-        read, _ = backbone.get_rope_index(ids, mm_token_type_ids=types, attention_mask=prompt, **grids)
+        types = (ids == model.config.image_token_id).int()
+        read, _ = model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=prompt, **grids)
         last = read.masked_fill(prompt[None] == 0, -1).amax(dim=(0, 2))
         goes_on = (last[:, None] + 1 + steps).expand(len(read), -1, -1)
     else:
@@ -140,13 +136,13 @@ def shared_prompt(model: PreTrainedModel) -> Iterator[None]:
     before = model.config.get_text_config()._attn_implementation
     _set_attention(model, ATTENTION)
     try:
-        with replaced(model.base_model, lambda plain: _forward(model.base_model, plain)):
+        with replaced(backbone(model), lambda plain: _forward(backbone(model), plain)):
             yield
     finally:
         _set_attention(model, before)
 
 
-def _forward(backbone: Any, plain: Forward) -> Forward:
+def _forward(model: Any, plain: Forward) -> Forward:
     def forward(*args: Any, pair_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's forward; of a batch of pairs its states are `predictors`.
 
@@ -158,7 +154,7 @@ def _forward(backbone: Any, plain: Forward) -> Forward:
         outputs = plain(
             input_ids=pair_ids,
             attention_mask=completion_mask(valid, length),
-            position_ids=positions(backbone, pair_ids, valid, length, **kwargs),
+            position_ids=positions(model, pair_ids, valid, length, **kwargs),
             **kwargs,
         )
         outputs.last_hidden_state = predictors(outputs.last_hidden_state, valid, length)
@@ -169,8 +165,8 @@ def _forward(backbone: Any, plain: Forward) -> Forward:
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:
     """Of the text model alone: the vision tower keeps its own."""
-    config = model.config
-    text = config.get_text_config()
+    model = unwrapped(model)
+    config, text = model.config, model.config.get_text_config()
     model.set_attn_implementation({key: name for key in config.sub_configs if getattr(config, key) is text})
 
 
@@ -181,7 +177,7 @@ def difference(model: PreTrainedModel, plain: dict[str, Any], shared: dict[str, 
 
     def log_probs(batch: dict[str, Any]) -> torch.Tensor:
         inputs = {key: value.to(model.device) for key, value in batch.items() if key != "completion_mask"}
-        states = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        states = backbone(model)(**inputs, use_cache=False).last_hidden_state[:, :-1]
         trained = batch["completion_mask"][:, 1:].bool()
         logits = model.get_output_embeddings()(states[trained.to(model.device)]).float()
         targets = batch["input_ids"][:, 1:][trained].to(model.device)
