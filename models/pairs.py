@@ -74,11 +74,15 @@ class PreferenceCollator:
             [0] * len(prompt) + [1] * len(completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        images = self._images([row["pictures"] for row in rows] * 2)
+        input_ids = pad(ids, self.encoder.tokenizer.pad_token_id, left=False)
+        if "image_grid_thw" in images:  # positions of such a family count rows and columns of images
+            images["mm_token_type_ids"] = (input_ids == self.encoder.processor.image_token_id).int()
         return {
-            "input_ids": pad(ids, self.encoder.tokenizer.pad_token_id, left=False),
+            "input_ids": input_ids,
             "attention_mask": pad([[1] * len(row) for row in ids], 0, left=False),
             "completion_mask": pad(masks, 0, left=False),
-            **self._images([row["pictures"] for row in rows] * 2),
+            **images,
             **_reference(rows),
         }
 

@@ -8,6 +8,7 @@ train_preference(model, reference, processor, pairs, PreferenceLoss(), budget, "
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 TOLERANCE, TOLERANCE_HALF = 1e-3, 0.2
-"""Most that a token's log-probability may differ between a shared prompt and a row of its own: float32, 16
-bits."""
+"""Most that a token's log-probability may differ by with a shared prompt: in float32, in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class PreferenceLoss:
 
 @dataclass(frozen=True)
 class Sharing:
-    """What is computed once instead of several times; none of it changes a loss.
+    """What is computed once instead of several times.
 
     prompt: one forward pass over a prompt and both completions, where the model can (models.shared_prompt).
-    vision_cache_mb: features of a frozen vision tower that are kept (models.frozen_vision). batch_tokens:
-    most tokens in one forward pass: a larger batch is run in parts, for the same step. 0: no limit.
+    vision_cache_mb: features of a frozen vision tower that are kept (models.frozen_vision).
+    batch_tokens: most tokens in one forward pass; a larger batch is run in parts, for the same step, where
+    the NLL is a mean over the tokens of a part. 0: no limit.
     """
 
     prompt: bool = True
@@ -125,22 +126,36 @@ def _shares(
     That its configuration allows it is not enough: log-probabilities of some pairs must be those of plain
     rows.
     """
-    import torch
-
     reason = obstacle(model)
     if reason is None:
-        some = sorted(rows, key=lambda row: row["length"])[:: max(1, len(rows) - 1)][:2]
-        allowed = TOLERANCE if model.dtype == torch.float32 else TOLERANCE_HALF
         with ExitStack() as trial:
             trial.enter_context(shared_prompt(model))
-            found = difference(model, PreferenceCollator(encoder)(some), SharedCollator(encoder)(some))
-            if found <= allowed:
+            reason = _disagreement(model, encoder, rows)
+            if reason is None:
                 stack.push(trial.pop_all())
                 return True
-        reason = f"its log-probabilities differ by {found:.2g}"
     name = type(model).__name__
     logging.getLogger(__name__).warning("%s does not share prompts, each is read twice: %s", name, reason)
     return False
+
+
+def _disagreement(model: PreTrainedModel, encoder: Encoder, rows: Sequence[dict[str, Any]]) -> str | None:
+    """How log-probabilities of the shortest and the longest pair differ with a shared prompt; None if not."""
+    import torch
+
+    if torch.cuda.is_available():  # where the trainer puts it: on the CPU a large model would take minutes
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    ordered = sorted(rows, key=lambda row: row["length"])
+    some = ordered if len(rows) < 2 else [ordered[0], ordered[-1]]
+    plain, shared = PreferenceCollator(encoder)(some), SharedCollator(encoder)(some)
+    try:
+        found = difference(model, plain, shared)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return f"its forward pass fails ({type(error).__name__}: {error})"
+    allowed = TOLERANCE if model.dtype == torch.float32 else TOLERANCE_HALF
+    return None if found <= allowed else f"its log-probabilities differ by {found:.2g}"
 
 
 def _trainer(

@@ -17,7 +17,7 @@ from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, 
 from models.preference import PreferenceLoss, Sharing, train_preference
 from models.preference_trainer import in_parts
 from models.reference import ReferenceLog, digest
-from models.shared_prompt import difference, obstacle, shared_prompt
+from models.shared_prompt import difference, obstacle, positions, shared_prompt
 from models.training import Budget, Guard, arguments, bucketed, callback, freeze_vision, run_trainer
 from models.vlm import Conversation, Encoder
 from tests.support.tiny_vlm import picture
@@ -174,7 +174,8 @@ def other_family(name: str) -> tuple[Any, Any]:
         )
         pixels = {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     model = AutoModelForImageTextToText.from_config(config).eval()
-    return model, SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0), pixels=lambda images: pixels)
+    tokens = {"tokenizer": SimpleNamespace(pad_token_id=0), "processor": SimpleNamespace(image_token_id=9)}
+    return model, SimpleNamespace(pixels=lambda images: pixels, **tokens)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
@@ -189,8 +190,6 @@ def test_other_families_share_prompts(family: str) -> None:
     ]
     assert obstacle(model) is None
     plain, shared = PreferenceCollator(encoder)(pairs), SharedCollator(encoder)(pairs)
-    if family == "qwen2.5-vl":
-        plain["mm_token_type_ids"] = (plain["input_ids"] == 9).int()
     freeze_vision(model)
     with frozen_vision(model, 1 << 20) as cache, shared_prompt(model):
         assert difference(model, plain, shared) < 1e-4
@@ -222,11 +221,19 @@ def test_a_model_that_cannot_share_is_trained_with_plain_rows_and_says_so(
     windowed.config.text_config.layer_types = ["full_attention", "sliding_attention"]
     assert obstacle(windowed) == "its text model has layers of sliding_attention"
     shared, _ = train(folder="shared")
-    monkeypatch.setattr("models.preference.TOLERANCE", -1.0)
-    with caplog.at_level(logging.WARNING):
-        plain, numbers = train(folder="plain")
-    assert "Idefics3ForConditionalGeneration does not share prompts" in caplog.text
-    assert numbers["shared_prompt"] == 0 and plain == pytest.approx(shared, abs=1e-4)
+    wrong = {
+        "its log-probabilities differ by": lambda *args, **images: positions(*args, **images) * 2,
+        "its forward pass fails (RuntimeError": lambda *args, **images: positions(*args, **images)[:, 1:],
+    }
+    for reason, broken in wrong.items():
+        monkeypatch.setattr("models.shared_prompt.positions", broken)
+        with caplog.at_level(logging.WARNING):
+            plain, numbers = train(folder="plain")
+        assert (
+            f"Idefics3ForConditionalGeneration does not share prompts, each is read twice: {reason}"
+            in caplog.text
+        )
+        assert numbers["shared_prompt"] == 0 and plain == pytest.approx(shared, abs=1e-4)
 
 
 def test_the_reference_is_not_computed_again_after_a_kill(train: Any, monkeypatch: Any) -> None:
