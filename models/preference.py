@@ -7,12 +7,19 @@ train_preference(model, reference, processor, pairs, PreferenceLoss(), budget, "
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.frozen_vision import frozen_vision
 from models.images import ImageSource
+from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs
+from models.preference_trainer import PartedCollator, companion
+from models.shared_prompt import difference, obstacle, shared_prompt
 from models.training import (
     Budget,
     Guard,
@@ -25,11 +32,13 @@ from models.training import (
     optimizer,
     run_trainer,
 )
-from models.vlm import Conversation, Encoder, pad, stack_pixels
+from models.vlm import Encoder
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, ProcessorMixin
+
+TOLERANCE, TOLERANCE_HALF = 1e-3, 0.2
+"""Most that a token's log-probability may differ by with a shared prompt: in float32, in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -43,69 +52,23 @@ class PreferenceLoss:
 
 
 @dataclass(frozen=True)
-class PreferenceExample:
-    """An open prompt (images, question) with the preferred and the dispreferred completion.
+class Sharing:
+    """What is computed once instead of several times.
 
-    prefix: the beginning of the answer that both share, read but not trained on; *_goes_on: that completion
-    is cut before its end, and gets no end of turn.
+    prompt: one forward pass over a prompt and both completions, where the model can (models.shared_prompt).
+    vision_cache_mb: features of a frozen vision tower that are kept (models.frozen_vision).
+    batch_tokens: most tokens in one forward pass; a larger batch is run in parts, for the same step, where
+    the NLL is a mean over the tokens of a part. 0: no limit.
     """
 
-    prompt: Conversation
-    chosen: str
-    rejected: str
-    prefix: str = ""
-    chosen_goes_on: bool = False
-    rejected_goes_on: bool = False
-
-
-class PreferenceCollator:
-    """Encoded pairs to TRL's layout: the chosen rows first, then the rejected ones."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask, completion_mask [2 x rows, longest], and the image tensors twice."""
-        completions = [row["chosen"] for row in rows] + [row["rejected"] for row in rows]
-        prompts = [row["prompt"] for row in rows] * 2
-        ids = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        masks = [
-            [0] * len(prompt) + [1] * len(completion)
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        return {
-            "input_ids": pad(ids, self.encoder.tokenizer.pad_token_id, left=False),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=False),
-            "completion_mask": pad(masks, 0, left=False),
-            **stack_pixels(self.encoder, [row["images"] for row in rows] * 2),
-        }
-
-
-def encode_pairs(
-    encoder: Encoder, pairs: Sequence[PreferenceExample], max_tokens: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"images", "prompt", "chosen", "rejected", "length"} of token ids,
-    and how many pairs were too long and left out."""
-    rows, long = [], 0
-    first = next((pair.prompt.images for pair in pairs if pair.prompt.images), None)
-    if first:
-        encoder.prepare(first)
-    for pair in pairs:
-        prompt = encoder.prompt(pair.prompt) + encoder.answer_ids(pair.prefix, goes_on=True)
-        chosen = encoder.answer_ids(pair.chosen, pair.chosen_goes_on)
-        rejected = encoder.answer_ids(pair.rejected, pair.rejected_goes_on)
-        if len(prompt) + max(len(chosen), len(rejected)) > max_tokens:
-            long += 1
-            continue
-        length = len(prompt) + max(len(chosen), len(rejected))
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "length": length}
-        rows.append({"images": list(pair.prompt.images), **row})
-    return rows, long
+    prompt: bool = True
+    vision_cache_mb: int = 512
+    batch_tokens: int = 0
 
 
 def train_preference(
     model: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,
     processor: ProcessorMixin,
     pairs: Sequence[PreferenceExample],
     loss: PreferenceLoss,
@@ -114,15 +77,16 @@ def train_preference(
     seed: int,
     images: ImageSource | str | Path = "data",
     report: Report | None = None,
+    sharing: Sharing | None = None,
 ) -> dict[str, float]:
     """Train `model` in place against the frozen `reference`; returns numbers of the run.
 
+    reference: None for the model as it is given, which needs no second copy of it. It runs before the first
+    step, and is not kept after that.
+
     Raises TrainingError where there are no pairs, and for a run that trained nothing.
     """
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
-
-    encoder = Encoder(processor, images)
+    encoder, sharing = Encoder(processor, images), sharing or Sharing()
     rows, too_long = encode_pairs(encoder, pairs, budget.max_tokens)
     if not rows:
         raise TrainingError(
@@ -133,7 +97,86 @@ def train_preference(
         freeze_vision(model)
     model.config.use_cache = False
     guard = Guard(model)
-    trainer = bucketed(DPOTrainer)(
+    with ExitStack() as stack:
+        stack.enter_context(frozen_vision(model, sharing.vision_cache_mb << 20))
+        shared = sharing.prompt and _shares(stack, model, encoder, rows)
+        with ExitStack() as once:
+            if reference is not None:
+                once.enter_context(
+                    frozen_vision(reference.requires_grad_(False), sharing.vision_cache_mb << 20)
+                )
+                if shared:
+                    once.enter_context(shared_prompt(reference))
+            trainer = _trainer(model, reference, encoder, rows, loss, budget, folder, seed, sharing, shared)
+        del reference
+        trainer.add_callback(callback(guard, report))
+        numbers = run_trainer(trainer, guard, folder)
+    last: dict[str, Any] = next(
+        (entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {}
+    )
+    counts = {"pairs": len(rows), "too_long": too_long, "shared_prompt": int(shared)}
+    return numbers | counts | {name: last[key] for name, key in _LAST.items() if key in last}
+
+
+def _shares(
+    stack: ExitStack, model: PreTrainedModel, encoder: Encoder, rows: Sequence[dict[str, Any]]
+) -> bool:
+    """Have the model share prompts while the stack is open; False, and a warning that says why, if it cannot.
+
+    That its configuration allows it is not enough: log-probabilities of some pairs must be those of plain
+    rows.
+    """
+    reason = obstacle(model)
+    if reason is None:
+        with ExitStack() as trial:
+            trial.enter_context(shared_prompt(model))
+            reason = _disagreement(model, encoder, rows)
+            if reason is None:
+                stack.push(trial.pop_all())
+                return True
+    name = type(model).__name__
+    logging.getLogger(__name__).warning("%s does not share prompts, each is read twice: %s", name, reason)
+    return False
+
+
+def _disagreement(model: PreTrainedModel, encoder: Encoder, rows: Sequence[dict[str, Any]]) -> str | None:
+    """How log-probabilities of the shortest and the longest pair differ with a shared prompt; None if not."""
+    import torch
+
+    if torch.cuda.is_available():  # where the trainer puts it: on the CPU a large model would take minutes
+        model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+    ordered = sorted(rows, key=lambda row: row["length"])
+    some = ordered if len(rows) < 2 else [ordered[0], ordered[-1]]
+    plain, shared = PreferenceCollator(encoder)(some), SharedCollator(encoder)(some)
+    try:
+        found = difference(model, plain, shared)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return f"its forward pass fails ({type(error).__name__}: {error})"
+    allowed = TOLERANCE if model.dtype == torch.float32 else TOLERANCE_HALF
+    return None if found <= allowed else f"its log-probabilities differ by {found:.2g}"
+
+
+def _trainer(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    encoder: Encoder,
+    rows: Sequence[dict[str, Any]],
+    loss: PreferenceLoss,
+    budget: Budget,
+    folder: str | Path,
+    seed: int,
+    sharing: Sharing,
+    shared: bool,
+) -> Any:
+    """The trainer; when it is made the reference has run."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    collate = (SharedCollator if shared else PreferenceCollator)(encoder)
+    tokens = sharing.batch_tokens
+    return companion(bucketed(DPOTrainer), collate, folder, tokens)(
         model=model,
         ref_model=reference,
         args=DPOConfig(
@@ -141,18 +184,13 @@ def train_preference(
             loss_type=loss.types,
             loss_weights=loss.weights,
             beta=loss.beta,
+            precompute_ref_log_probs=True,
         ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
-        data_collator=PreferenceCollator(encoder),
-        callbacks=[callback(guard, report)],
+        train_dataset=Dataset.from_list(list(rows)),
+        processing_class=encoder.processor,
+        data_collator=PartedCollator(collate, tokens) if tokens else collate,
         optimizers=(optimizer(model, budget), None),
     )
-    numbers = run_trainer(trainer, guard, folder) | {"pairs": len(rows), "too_long": too_long}
-    last: dict[str, Any] = next(
-        (entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {}
-    )
-    return numbers | {name: last[key] for name, key in _LAST.items() if key in last}
 
 
 _LAST = {

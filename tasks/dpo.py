@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from models.preference import PreferenceLoss
+from models.preference import PreferenceLoss, Sharing
 from models.training import Budget
 from tasks import params, roles, rounds
 from tasks.stage import StageRun, open_stage, settings
@@ -19,19 +19,21 @@ SIDES = ("chosen", "rejected", "prefix", "chosen_goes_on", "rejected_goes_on")
 
 @dataclass(frozen=True)
 class Params:
-    """reference: the policy of this round (`previous`) or the reasoning agent (`sft`).
-    Published: 1 epoch, rate 5e-7."""
+    """reference: the policy of this round (`previous`) or the reasoning agent (`sft`). sharing: what is
+    computed once instead of several times. Published: 1 epoch, rate 5e-7."""
 
     prompts: str = "full"
     reference: Literal["previous", "sft"] = "previous"
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
+    sharing: Sharing = field(default_factory=Sharing)
     budget: Budget = field(default_factory=lambda: Budget(epochs=1, learning_rate=5e-7, batch_size=64))
 
 
 def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, float]:
     """Publish checkpoint/ and return the run's numbers."""
     from models.agents import reason_prompt
-    from models.preference import PreferenceExample, train_preference
+    from models.pairs import PreferenceExample
+    from models.preference import train_preference
     from models.probe import save_with_probe
     from models.records import read_jsonl, read_questions
     from models.vlm import load
@@ -44,11 +46,10 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
         for row in read_jsonl(this.folder("score") / "pairs.jsonl")
     ]
     model, processor = load(this.checkpoint)
-    reference, _ = load(this.checkpoint if p.reference == "previous" else rounds.REASONING_SFT)
     with training_report(stage, "dpo") as report:
         numbers = train_preference(
             model,
-            reference,
+            None if p.reference == "previous" else load(rounds.REASONING_SFT)[0],
             processor,
             pairs,
             p.loss,
@@ -57,6 +58,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
             seed,
             roles.DATA,
             report,
+            p.sharing,
         )
     save_with_probe(model, processor, stage.out / "checkpoint")
     stage.generation(

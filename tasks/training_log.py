@@ -11,7 +11,15 @@ from contextlib import ExitStack, contextmanager
 from tasks.meter import meter
 from tasks.stage import StageRun
 
-KEPT = ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "rewards/margins", "rewards/accuracies")
+KEPT = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "mean_token_accuracy",
+    "rewards/margins",
+    "rewards/accuracies",
+    "pairs_per_second",
+)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from models.muon import ITERATIONS, NEWTON_SCHULZ, orthogonalised
-from models.preference import PreferenceExample, PreferenceLoss, train_preference
+from models.pairs import PreferenceCollator, PreferenceExample, encode_pairs
+from models.preference import PreferenceLoss, train_preference
 from models.training import (
     Budget,
     Guard,
@@ -373,9 +374,6 @@ def test_the_chosen_side_wins(dpo: Any, tiny_model: Any, tiny_processor: Any) ->
 
 
 def test_a_shared_beginning_is_read_and_not_trained_on(tiny_processor: Any) -> None:
-    from models.preference import PreferenceCollator, encode_pairs
-    from models.vlm import Encoder
-
     encoder = Encoder(tiny_processor, picture)
     whole = PreferenceExample(PAIRS[0].prompt, "row 1 is 3\nsum is 3", "row 1 is 3\nsum is 4 or more")
     cut = replace(

@@ -1,0 +1,265 @@
+"""Preference training of a vision-language model against plain TRL: the same pairs, order and losses.
+
+    python -m benchmarks.preference [--save]
+    python -m benchmarks.preference --steps 8 --repeats 1      # a quick one
+
+Both train the embedded model (TinyConfig, float32) with MPO on pairs of one picture each, at a prompt once,
+four and eight times as long as a completion. Plain is TRL's DPOTrainer, which reads a prompt twice and runs
+its reference at every step; ours is models.preference as the stage `dpo` runs it. Every run is a process of
+its own, plain and ours in turns. Speed is pairs a second between two steps, after those that warm up; the
+pass of the reference before the first step is not in it, as it is none of the bound 8(P + C) / 3(P + 2C), but
+it is in the seconds of whole runs, which stand beside it: one epoch, all that is built included. The bound
+counts a text model's linear layers alone, a backward pass as two forward passes; what is gained beyond it
+comes from attention without a mask over prompts, logits of completions alone, and images encoded once. Memory
+is the largest resident size of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks import results
+from benchmarks.results import ROOT, Row, Table
+
+LENGTHS = {1: (160, 160), 4: (384, 96), 8: (512, 64)}
+"""Tokens of prompt and completion, by ratio; either varies by an eighth."""
+TARGETS = {1: 1.6, 4: 2.0, 8: 2.15}
+SHARE = 0.9
+"""Target: of the bound."""
+PAIRS, WARM_UP, COMPARED = 8, 4, 20
+"""Pairs a step, steps that are not timed, losses that are compared."""
+CLOSE = 1e-4
+PLAIN, OURS = "plain TRL", "shared prompt"
+FRAME = 14
+"""Tokens of a prompt that are not its text: the picture and the template."""
+
+
+def bound(prompt: float, completion: float) -> float:
+    """Floating-point operations of plain TRL over those of shared prompts with a reference computed
+    before."""
+    return 8 * (prompt + completion) / (3 * (prompt + 2 * completion))
+
+
+def picture(name: str) -> Any:
+    """models.images.ImageSource: noise that the name fixes."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(int(name)).integers(0, 256, size=(48, 48, 3))
+    return Image.fromarray(noise.astype(np.uint8))
+
+
+def make(ratio: int, steps: int) -> tuple[Any, Any, list[Any]]:
+    """Model, processor and pairs; the same in every process."""
+    import torch
+
+    from models.pairs import PreferenceExample
+    from models.tiny import TinyConfig, build_model, build_processor, train_tokenizer
+    from models.vlm import Conversation
+
+    config, chance = TinyConfig(), random.Random(ratio)
+    tokenizer = train_tokenizer([" ".join(map(str, range(100)))] * 4, config.vocabulary)
+    torch.manual_seed(0)
+    model = build_model(config, tokenizer).eval()
+
+    def text(tokens: int) -> str:
+        tokens = round(tokens * chance.uniform(7 / 8, 9 / 8))
+        return "".join(f" {chance.randrange(100)}" for _ in range(tokens))
+
+    prompt, completion = LENGTHS[ratio]
+    pairs = [
+        PreferenceExample(
+            Conversation([str(number)], [(text(prompt - FRAME), "")]), text(completion), text(completion)
+        )
+        for number in range(steps * PAIRS)
+    ]
+    return model, build_processor(tokenizer, config), pairs
+
+
+def plain(model: Any, reference: Any, encoder: Any, pairs: Any, loss: Any, budget: Any, report: Any) -> None:
+    """What `train_preference` does, with TRL's own trainer and forward passes."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    from models.pairs import PreferenceCollator, encode_pairs
+    from models.training import Guard, arguments, bucketed, callback, freeze_vision, run_trainer
+
+    class Collator(PreferenceCollator):
+        def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+            batch = super().__call__([{**row, "pictures": row["images"]} for row in rows])
+            return {key: value for key, value in batch.items() if key != "image_ids"}
+
+    rows, _ = encode_pairs(encoder, pairs, budget.max_tokens)
+    freeze_vision(model)
+    model.config.use_cache = False
+    guard = Guard(model)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = bucketed(DPOTrainer)(
+            model=model,
+            ref_model=reference,
+            args=DPOConfig(
+                **arguments(budget, Path(folder), 0, len(rows)),
+                loss_type=loss.types,
+                loss_weights=loss.weights,
+                beta=loss.beta,
+            ),
+            train_dataset=Dataset.from_list([{**row, "images": row["pictures"]} for row in rows]),
+            processing_class=encoder.processor,
+            data_collator=Collator(encoder),
+            callbacks=[callback(guard, report)],
+        )
+        run_trainer(trainer, guard, folder)
+
+
+def one(side: str, ratio: int, steps: int) -> dict[str, Any]:
+    """One run in this process: losses and log-probabilities by step, pairs a second, seconds, bytes."""
+    import resource
+
+    from models.preference import PreferenceLoss, train_preference
+    from models.training import Budget
+    from models.vlm import Encoder
+
+    import_module("trl.trainer.dpo_trainer")  # the seconds of a run begin when all is imported
+    model, processor, pairs = make(ratio, steps)
+    budget = Budget(epochs=1, batch_size=PAIRS, learning_rate=5e-5, save_steps=10 * steps)
+    logged: list[dict[str, float]] = []
+    times: list[float] = []
+
+    def report(numbers: dict[str, float], step: int, total: int) -> None:
+        times.append(time.perf_counter())
+        logged.append(numbers)
+
+    began, loss = time.perf_counter(), PreferenceLoss()
+    if side == PLAIN:
+        reference = make(ratio, 0)[0]
+        plain(model, reference, Encoder(processor, picture), pairs, loss, budget, report)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            train_preference(model, None, processor, pairs, loss, budget, folder, 0, picture, report)
+    return {
+        "pairs_per_second": PAIRS * (len(times) - WARM_UP) / (times[-1] - times[WARM_UP - 1]),
+        "seconds": time.perf_counter() - began,
+        "losses": [numbers["loss"] for numbers in logged],
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def check(ratio: int) -> dict[str, float]:
+    """Tokens of the pairs, and the largest difference of a token's log-probability, before any training."""
+    from models.pairs import PreferenceCollator, SharedCollator, encode_pairs
+    from models.shared_prompt import difference, shared_prompt
+    from models.vlm import Encoder
+
+    model, processor, pairs = make(ratio, 2)
+    encoder = Encoder(processor, picture)
+    rows, _ = encode_pairs(encoder, pairs, 10_000)
+    batches = [{k: v for k, v in collate(encoder)(rows).items() if k != "image_ids"}
+               for collate in (PreferenceCollator, SharedCollator)]  # fmt: skip
+    with shared_prompt(model):
+        found = difference(model, *batches)
+    sides = [len(row[side]) for row in rows for side in ("chosen", "rejected")]
+    return {
+        "difference": found,
+        "prompt": statistics.mean(len(row["prompt"]) for row in rows),
+        "completion": statistics.mean(sides),
+    }
+
+
+def in_a_process(*words: str) -> dict[str, Any]:
+    """What this module prints last when it is run with these words."""
+    command = [sys.executable, "-m", "benchmarks.preference", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(words)} failed:\n{done.stderr[-4000:]}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(ratios: Sequence[int], steps: int, repeats: int) -> dict[int, dict[str, Any]]:
+    """By ratio: the check under "check", and the runs of either side, in turns."""
+    found: dict[int, dict[str, Any]] = {}
+    for ratio in ratios:
+        words = ["--ratios", str(ratio), "--steps", str(steps)]
+        found[ratio] = {"check": in_a_process("--one", "check", *words), PLAIN: [], OURS: []}
+        for _ in range(repeats):
+            for side in (PLAIN, OURS):
+                run = in_a_process("--one", side, *words)
+                print(f"1:{ratio} {side}: {run['pairs_per_second']:.2f} pairs a second", flush=True)
+                found[ratio][side].append(run)
+    return found
+
+
+def judge(found: dict[int, dict[str, Any]]) -> tuple[list[Row], Table]:
+    """Rows, and the table."""
+    rows: list[Row] = []
+    cells: list[list[str]] = []
+    for ratio, runs in found.items():
+        named, tokens = f"prompt:completion {ratio}", runs["check"]
+        middle = {
+            side: {key: statistics.median(run[key] for run in runs[side])
+                   for key in ("pairs_per_second", "seconds", "peak_bytes")}
+            for side in (PLAIN, OURS)
+        }  # fmt: skip
+        speed = middle[OURS]["pairs_per_second"] / middle[PLAIN]["pairs_per_second"]
+        whole = middle[PLAIN]["seconds"] / middle[OURS]["seconds"]
+        most = bound(tokens["prompt"], tokens["completion"])
+        memory = middle[OURS]["peak_bytes"] / middle[PLAIN]["peak_bytes"]
+        losses = [run["losses"][:COMPARED] for run in (*runs[PLAIN], *runs[OURS])]
+        apart = max(abs(a - b) for other in losses for a, b in zip(losses[0], other, strict=True))
+        target = TARGETS[ratio]
+        rows += [
+            Row(f"{named}: pairs a second, ours / plain", speed, "×", f"≥ {target:g}", speed >= target),
+            Row(f"{named}: seconds of a whole run, plain / ours", whole, "×"),
+            Row(f"{named}: of the bound", speed / most, "", f"≥ {SHARE:g}", speed / most >= SHARE),
+            Row(f"{named}: log-probability of a token, largest difference", tokens["difference"], "",
+                f"≤ {CLOSE:g}", tokens["difference"] <= CLOSE),
+            Row(f"{named}: the first {len(losses[0])} losses, largest difference", apart, "",
+                f"≤ {CLOSE:g}", apart <= CLOSE),
+            Row(f"{named}: peak memory, ours / plain", memory, "×", "≤ 1", memory <= 1),
+        ]  # fmt: skip
+        cells += [
+            [f"1:{ratio}", side, f"{tokens['prompt']:.0f} + {tokens['completion']:.0f}",
+             f"{of['pairs_per_second']:.1f}", f"{of['seconds']:.1f}", f"{of['peak_bytes'] / 2**20:.0f}",
+             f"{speed:.2f} of {most:.2f}" if side == OURS else ""]
+            for side, of in middle.items()
+        ]  # fmt: skip
+    head = ("Ratio", "Trainer", "P + C", "Pairs a second", "Seconds of a run", "Peak MiB", "Ratio and bound")
+    return rows, Table("Preference training", head, cells, "MPO, 8 pairs a step, float32, medians.")
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ratios", type=int, nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
+    parser.add_argument("--steps", type=int, default=COMPARED)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--one", choices=["check", PLAIN, OURS], help=argparse.SUPPRESS)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    """Run either trainer at every ratio and compare."""
+    args = arguments()
+    if args.one:
+        ratio = args.ratios[0]
+        print(json.dumps(check(ratio) if args.one == "check" else one(args.one, ratio, args.steps)))
+        return 0
+    rows, table = judge(measure(args.ratios, args.steps, args.repeats))
+    return results.finish("preference", rows, [results.row_table("preference", rows), table], args.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""TRL's preference trainer with reference log-probabilities computed once, and batches in parts.
+
+    trainer = companion(DPOTrainer, collate, folder, batch_tokens=0)(model=model, ref_model=reference, ...)
+
+The losses, what is logged and their names are TRL's. Its reference runs before the first step, its
+log-probabilities go through a file (models.reference), and its memory is free from then on. The arguments
+must say `precompute_ref_log_probs`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from models.reference import ReferenceLog, digest
+
+Row = dict[str, Any]
+Collate = Callable[[list[Row]], dict[str, Any]]
+
+
+def in_parts(pairs: Sequence[Row], rows: int, tokens: int) -> list[list[int]]:
+    """Indices of pairs, the longest first, in parts of at most so many rows and at most so many tokens when
+    prompts are shared, padding counted. tokens: 0 for no limit. A pair above it is a part of its own."""
+    sizes = [(len(pair["prompt"]), max(len(pair["chosen"]), len(pair["rejected"]))) for pair in pairs]
+    parts: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index][0] - 2 * sizes[index][1]):
+        part = [*parts[-1], index] if parts else []
+        prompt, completion = (max((sizes[i][side] for i in part), default=0) for side in (0, 1))
+        padded = len(part) * (prompt + 2 * completion)
+        if part and len(part) <= rows and (not tokens or padded <= tokens):
+            parts[-1] = part
+        else:
+            parts.append([index])
+    return parts
+
+
+class PartedCollator:
+    """A batch as {"parts": batches of at most so many tokens}, for the trainer below."""
+
+    def __init__(self, collate: Collate, tokens: int) -> None:
+        self.collate, self.tokens = collate, tokens
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        parts = in_parts(rows, len(rows), self.tokens)
+        return {"parts": [self.collate([rows[index] for index in part]) for part in parts]}
+
+
+def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens: int = 0) -> type:
+    """The trainer class, subclassed. collate: rows to a batch; folder: of the reference's log-probabilities;
+    batch_tokens: most tokens in one forward pass of the reference, 0 for no limit."""
+
+    class Companion(trainer):
+        ref_model: Any
+        _share, _pairs, _since = 1.0, 0, 0.0
+
+        def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
+            return dataset  # its rows are token ids already
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            rows = dataset.to_list()
+            key = digest(self._precompute_model_hash, rows, self.processing_class)
+            log = ReferenceLog(folder, key, self.accelerator.process_index)
+            model = self.ref_model or self.model
+            model.eval()
+
+            def compute(batch: Sequence[int]) -> tuple[list[float], list[float]]:
+                inputs = self._prepare_inputs(collate([rows[index] for index in batch]))
+                chosen, rejected = self.compute_ref_log_probs(model, inputs)
+                return chosen.tolist(), rejected.tolist()
+
+            batches = in_parts(rows, batch_size, batch_tokens)
+            log.fill(batches[self.accelerator.process_index :: self.accelerator.num_processes], compute)
+            self.accelerator.wait_for_everyone()
+            log.read()
+            self._free_reference()
+            for column, side in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
+                dataset = dataset.add_column(column, [log.values[row][side] for row in range(len(rows))])
+            return dataset
+
+        def _free_reference(self) -> None:
+            models = self.accelerator._models
+            models[:] = [model for model in models if model is not self.ref_model]
+            self.ref_model = None
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            parts = inputs.get("parts") or [inputs]
+            pairs = [len(part["completion_mask"]) // 2 for part in parts]
+            self._pairs += sum(pairs) * self.accelerator.num_processes
+            loss = 0.0
+            for part, count in zip(parts, pairs, strict=True):
+                self._share = count / sum(pairs)
+                loss += super().training_step(model, part, num_items_in_batch)
+            return loss
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) * self._share
+
+        def log(self, logs: dict[str, float], *args: Any) -> None:
+            now = time.perf_counter()
+            if "loss" in logs and self._since:
+                logs["pairs_per_second"] = self._pairs / (now - self._since)
+            self._pairs, self._since = 0, now
+            super().log(logs, *args)
+
+    return Companion
