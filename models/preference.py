@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.families import token_types
 from models.images import ImageSource
 from models.training import (
     Budget,
@@ -73,10 +74,12 @@ class PreferenceCollator:
             [0] * len(prompt) + [1] * len(completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
+        input_ids = pad(ids, self.encoder.tokenizer.pad_token_id, left=False)
         return {
-            "input_ids": pad(ids, self.encoder.tokenizer.pad_token_id, left=False),
+            "input_ids": input_ids,
             "attention_mask": pad([[1] * len(row) for row in ids], 0, left=False),
             "completion_mask": pad(masks, 0, left=False),
+            **token_types(self.encoder.processor, input_ids),
             **stack_pixels(self.encoder, [row["images"] for row in rows] * 2),
         }
 
