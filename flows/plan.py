@@ -1,4 +1,4 @@
-"""What a profile would run and take, before anything is spent: stages, models, tokens, GPU-hours, memory, problems.
+"""What a profile would run and what it takes, before anything is spent: models, tokens, GPU-hours, memory.
 
     longview run --profile llava-next-8b --dry-run
 
@@ -72,42 +72,39 @@ def rows(p: Mapping[str, Any]) -> list[Row]:
     """The costly stages in order. p: parsed sections of a profile with `foundation.hub`
     (tasks.params.validate)."""
     base = p["foundation"].hub.partition("@")[0]
-    image = SIZES[base].image_tokens if base in SIZES else 0
     g, s, own = p["generate"], p["sample"], p["summary_data"]
-    paths, chain = g.questions * g.samples, QUESTION + image + CHAIN
+    paths, sampled = g.questions * g.samples, s.questions * s.samples
+    example = _prompt(base) + CHAIN
     reasoning = g.questions  # at most one path a question
-    c, sft = p["curate"], p["summary_sft"]
+    c, first, second = p["curate"], p["reasoning_sft"], p["summary_sft"]
     summary = reasoning * (c.optimal + c.flawed + c.wrong) + own.questions * own.samples
     pairs = min(p["score"].max_pairs, s.questions * p["score"].pairs_per_question)
-    general = 1 + p["reasoning_sft"].general
 
-    def role(name: str) -> str:
-        return getattr(p["engines"], name).model or base
-
-    def asked(stage: str, name: str, read: float, written: float) -> Row:
-        return serving(stage, role(name), read, written)
+    def asked(stage: str, role: str, questions: float, chains: float, written: float) -> Row:
+        model = getattr(p["engines"], role).model or base
+        read = questions * _prompt(model) + chains * CHAIN
+        return serving(stage, model, read, written)
 
     found = [
-        asked("generate", "generator", paths * chain, paths * (CHAIN + ANSWER)),
-        asked("assess", "answer_judge", paths * (QUESTION + 2 * ANSWER), paths),
-        asked("assess", "path_judge", g.questions * (QUESTION + image) + paths * CHAIN, 10 * paths),
-        training("reasoning_sft", base, reasoning * general * chain * p["reasoning_sft"].budget.epochs),
-        asked("summary_data", "reasoner", own.questions * (QUESTION + image), own.questions * CHAIN),
-        training("summary_sft", base, summary * (1 + sft.general) * (chain + ANSWER) * sft.budget.epochs),
+        asked("generate", "generator", g.questions, paths, paths * (CHAIN + ANSWER)),
+        asked("assess", "answer_judge", paths, 0, paths),
+        asked("assess", "path_judge", g.questions, paths, ANSWER * paths),
+        training("reasoning_sft", base, reasoning * (1 + first.general) * example * first.budget.epochs),
+        asked("summary_data", "reasoner", own.questions, 0, own.questions * own.samples * CHAIN),
+        training("summary_sft", base, summary * (1 + second.general) * example * second.budget.epochs),
     ]
-    sampled = s.questions * s.samples
     for name in p["rounds"]:
         found += [
-            asked(f"sample@{name}", "reasoner", s.questions * (QUESTION + image), sampled * CHAIN),
-            asked(
-                f"score@{name}",
-                "path_judge",
-                s.questions * (QUESTION + image) + sampled * CHAIN,
-                10 * sampled,
-            ),
-            training(f"dpo@{name}", base, 2 * pairs * chain * p["dpo"].budget.epochs, reference=True),
+            asked(f"sample@{name}", "reasoner", s.questions, 0, sampled * CHAIN),
+            asked(f"score@{name}", "path_judge", s.questions, sampled, ANSWER * sampled),
+            training(f"dpo@{name}", base, 2 * pairs * example * p["dpo"].budget.epochs, reference=True),
         ]
     return found
+
+
+def _prompt(model: str) -> int:
+    """Tokens of a question with its image. The samples of a question share them (prefix caching)."""
+    return QUESTION + (SIZES[model].image_tokens if model in SIZES else 0)
 
 
 def serving(stage: str, model: str, read: float, written: float) -> Row:
@@ -142,7 +139,8 @@ def problems(p: Mapping[str, Any], root: Path) -> Iterator[Finding]:
     for role in ("generator", "answer_judge", "path_judge", "reasoner", "summariser"):
         yield from _engine(role, getattr(p["engines"], role))
     for row in rows(p):
-        if row.trained and row.memory_gb and row.memory_gb > GPU_GB:
+        again = "@" in row.stage and not row.stage.endswith("@r1")
+        if row.trained and row.memory_gb and row.memory_gb > GPU_GB and not again:
             text = f"needs {row.memory_gb:.0f} GB for weights and optimizer, a GPU has {GPU_GB}"
             yield Finding("problem", row.stage, text, "full training is one process: take a smaller model")
     if not (root / "data/records.jsonl").is_file():
@@ -205,7 +203,7 @@ def lines(p: Mapping[str, Any]) -> Iterator[str]:
         yield f"{row.stage:14} {row.model:36} {tokens} {hours:>8} {memory:>6}"
     yield f"about {math.ceil(total):,} GPU-hours, evaluation left out. An estimate for H100s, by FLOPs:"
     yield (
-        f"chains of {STEPS} steps of {STEP} tokens, photographs of a megapixel, {TRAINING:.0%} of the peak in"
+        f"chains of {STEPS} steps of {STEP} tokens, a photograph a question, {TRAINING:.0%} of the peak in"
         f" training, {READING:.0%} reading, {WRITING:.0%} writing."
     )
     yield "GB: weights, gradients, AdamW and reference in training; weights alone where a model serves."

@@ -20,9 +20,7 @@ Force = Annotated[
     bool, typer.Option("--force", help="Drop edits of params.yaml that --profile would overwrite.")
 ]
 Timeout = Annotated[float, typer.Option("--stage-timeout", min=0.01, help="Hours one stage may take.")]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would run and what it takes; run nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and what it takes.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
 
 
@@ -82,7 +80,8 @@ def run(
 
 
 def _plan(profile: str | None, rounds: int | None) -> None:
-    """Stages, models, estimates and every problem; nothing is written. Exit status 1 if there is a problem."""
+    """Stages, models, estimates and every problem; nothing is written. Exit status 1 if something would stop
+    the run."""
     from flows import pipeline, plan
     from flows import profile as profiles
     from flows.environment import root as find_root
