@@ -148,14 +148,14 @@ def problems(p: Mapping[str, Any], root: Path) -> Iterator[Finding]:
 
 
 def _family(base: str) -> Iterator[Finding]:
-    from models.families import FAMILIES
+    from tasks.foundation import families
 
     size = SIZES.get(base)
     if size is None:
         text = f"{base} is no model whose size is known: no estimate"
         yield Finding("note", "foundation", text, "add it to SIZES in flows/plan.py")
         return
-    family = next((f for f in FAMILIES if size.model_type in f.model_types), None)
+    family = next((f for f in families() if size.model_type in f.model_types), None)
     if family is None:
         yield Finding("problem", "foundation", f"{base} only serves: no family", "models/families.py")
     elif family.needs_torchvision and find_spec("torchvision") is None:
