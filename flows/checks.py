@@ -80,7 +80,11 @@ def _has(root: Path) -> bool:
 def torchvision() -> Finding:
     """A torchvision that cannot be imported breaks transformers; none at all does not."""
     if find_spec("torchvision") is None:
-        return Finding("ok", "torchvision", "not installed: images go through PIL")
+        from tasks.foundation import families
+
+        without = ", ".join(family.name for family in families() if family.needs_torchvision)
+        text = f"not installed: images go through PIL; {without} cannot be used, nor are they tested whole"
+        return Finding("ok", "torchvision", text)
     done = subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True)
     if done.returncode == 0:
         return Finding("ok", "torchvision", metadata.version("torchvision"))

@@ -9,10 +9,14 @@ Comments of the embedded profile are kept. Edits made by hand in params.yaml are
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import io
 import sys
+import typing
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +51,24 @@ def build(root: Path, name: str, rounds: int | None = None) -> Any:
     count = base["rounds"] if rounds is None else rounds
     base["rounds"] = rounds_map(len(count) if isinstance(count, Mapping) else int(count))
     return base
+
+
+def parse(root: Path, name: str | None = None, rounds: int | None = None) -> dict[str, Any]:
+    """Every section of the named profile (None: of params.yaml as it is), parsed; nothing is written.
+
+    Raises ParamsError at the first fault.
+    """
+    from tempfile import TemporaryDirectory
+
+    from tasks.params import validate
+
+    if name is None and rounds is None:
+        return validate(root / "params.yaml")
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name or 'params'}.yaml"
+        name = name or str(_load(root / "params.yaml").get("profile", DEFAULT))
+        _write(path, _dump(build(root, name, rounds)))
+        return validate(path)
 
 
 def activate(
@@ -108,16 +130,30 @@ def _set_rounds(path: Path, current: Any, rounds: int | None) -> list[str]:
     return changed
 
 
-def _merge(base: Any, overlay: Mapping[str, Any], where: str) -> None:
+def _merge(base: Any, overlay: Mapping[str, Any], where: str, section: tuple[str, ...] = ()) -> None:
+    """Keys that the embedded profile leaves to their defaults (`engines.reasoner.url`) may be named too."""
     for key, value in overlay.items():
         if key not in base:
-            close = difflib.get_close_matches(key, list(base), n=1, cutoff=0.5)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise ProfileError(f"{where}: '{key}' is not in profiles/{DEFAULT}.yaml{hint}")
-        if isinstance(base[key], Mapping) and isinstance(value, Mapping):
-            _merge(base[key], value, f"{where}: {key}")
+            known = {*base, *fields(section)}
+            if key not in known:
+                close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
+                hint = f"; did you mean '{close[0]}'?" if close else ""
+                raise ProfileError(f"{where}: '{key}' is not in profiles/{DEFAULT}.yaml{hint}")
+        if isinstance(base.get(key), Mapping) and isinstance(value, Mapping):
+            _merge(base[key], value, f"{where}: {key}", (*section, key))
         else:
             base[key] = value
+
+
+def fields(section: tuple[str, ...]) -> list[str]:
+    """The keys that the code knows of a section of params.yaml, e.g. ("engines", "reasoner"); none of one
+    that belongs to no stage."""
+    if not section or find_spec(f"tasks.{section[0]}") is None:
+        return []
+    kind: Any = getattr(import_module(f"tasks.{section[0]}"), "Params", None)
+    for key in section[1:]:
+        kind = typing.get_type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
 def _read(root: Path, name: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from models.families import token_types
 from models.vlm import Conversation, Encoder, pad, stack_pixels
 
 if TYPE_CHECKING:
@@ -74,15 +75,13 @@ class PreferenceCollator:
             [0] * len(prompt) + [1] * len(completion)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        images = self._images([row["pictures"] for row in rows] * 2)
         input_ids = pad(ids, self.encoder.tokenizer.pad_token_id, left=False)
-        if "image_grid_thw" in images:  # positions of such a family count rows and columns of images
-            images["mm_token_type_ids"] = (input_ids == self.encoder.processor.image_token_id).int()
         return {
             "input_ids": input_ids,
             "attention_mask": pad([[1] * len(row) for row in ids], 0, left=False),
             "completion_mask": pad(masks, 0, left=False),
-            **images,
+            **token_types(self.encoder.processor, input_ids),
+            **self._images([row["pictures"] for row in rows] * 2),
             **_reference(rows),
         }
 

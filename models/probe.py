@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.families import token_types
 from models.vlm import Conversation, Encoder, save
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def take(model: PreTrainedModel, processor: ProcessorMixin) -> Probe:
             for name, tensor in encoder.pixels([image]).items()
         }
         row = torch.tensor([ids], device=device)
-        logits = model(input_ids=row, attention_mask=torch.ones_like(row), **pixels).logits[
+        inputs = pixels | token_types(processor, row)
+        logits = model(input_ids=row, attention_mask=torch.ones_like(row), **inputs).logits[
             0, -count - 1 : -1
         ]
         said = logits.double().log_softmax(-1).gather(1, row[0, -count:, None])[:, 0]

@@ -106,9 +106,10 @@ def _line(step: Step) -> str:
 
 def parse_thoughts(text: str) -> list[Step]:
     """The reasoning agent's output as steps; StepError if the frame or every line is missing."""
-    if not text.startswith(THOUGHTS_OPEN.strip()) or not text.rstrip().endswith(THOUGHTS_CLOSE.strip()):
+    text = text.strip()  # some chat templates leave a space before an answer to the model
+    if not text.startswith(THOUGHTS_OPEN.strip()) or not text.endswith(THOUGHTS_CLOSE.strip()):
         raise StepError("no thoughts frame")
-    body = text.strip()[len(THOUGHTS_OPEN.strip()) : -len(THOUGHTS_CLOSE.strip())].strip()
+    body = text[len(THOUGHTS_OPEN.strip()) : -len(THOUGHTS_CLOSE.strip())].strip()
     pairs = [line.split(":", 1) for line in body.splitlines() if ":" in line]
     steps = [
         Step(title.strip(), content.strip()) for title, content in pairs if title.strip() and content.strip()

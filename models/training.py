@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.families import FamilyError, of_model, token_types
 from models.folders import drop
 from models.images import ImageSource
 from models.vlm import IGNORE, Conversation, Encoder, pad, stack_pixels
@@ -105,15 +106,10 @@ def _has_gpu() -> bool:
 
 def freeze_vision(model: PreTrainedModel) -> None:
     """Freeze the vision tower (METHOD 1.4); projector and language model train."""
-    frozen = 0
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in ("vision_model.", "vision_tower.", "visual.")):
-            parameter.requires_grad_(False)
-            frozen += 1
-    if not frozen:
-        raise TrainingError(
-            f"no vision tower found in {type(model).__name__}: set train_vision, or add its name here"
-        )
+    try:
+        of_model(model).freeze_vision(model)
+    except FamilyError as error:
+        raise TrainingError(f"{error}, or set train_vision") from None
 
 
 class Guard:
@@ -218,6 +214,7 @@ class SftCollator:
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "labels": pad([row["labels"] for row in rows], IGNORE, left=False),
+            **token_types(self.encoder.processor, input_ids),
             **stack_pixels(self.encoder, [row["images"] for row in rows]),
         }
 

@@ -10,12 +10,14 @@ first user text: every chain and every sample of a question then shares the same
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.families import of_model, of_processor
 from models.images import ImageSource, folder_images
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 KEPT_TEXTS = 1 << 15
 """Texts whose tokens an encoder remembers: the turns of a chain are met again with each of its steps."""
+KEPT_BYTES = 4 << 30
+"""Most memory for images kept as tensors: one that is cut into five tiles takes 7 MB."""
 
 
 class ImageTokenError(ValueError):
@@ -44,7 +48,10 @@ def load(
     checkpoint: str | Path, dtype: str = "float32", revision: str | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model (eval mode) and processor of a checkpoint folder or a hub id at a
-    pinned revision; safetensors only."""
+    pinned revision; safetensors only.
+
+    Raises FamilyError for a model of no family that is known (models.families).
+    """
     from transformers import AutoModelForImageTextToText, AutoProcessor, logging
 
     logging.disable_progress_bar()
@@ -53,6 +60,7 @@ def load(
         checkpoint, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
     )
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, backend="pil", **options)
+    of_model(model).settle(processor)
     return model.eval(), processor
 
 
@@ -82,7 +90,8 @@ class Encoder:
     """Conversations to token ids and image tensors with one processor; every image is processed once.
 
     images: where pictures come from by name (models.images.folder_images and its relatives),
-    or the folder their paths are relative to. cache: most images kept as tensors.
+    or the folder their paths are relative to. cache: most images kept as tensors; they also keep within
+    KEPT_BYTES.
     """
 
     def __init__(
@@ -90,14 +99,17 @@ class Encoder:
     ) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        self.family = of_processor(processor)
         self._open = images if callable(images) else folder_images(images)
-        self._pixels = lru_cache(maxsize=cache)(self._process_images)
+        self._pixels = _Kept(cache, self._process_images)
+        self._placeholder = lru_cache(maxsize=KEPT_TEXTS)(self._find_placeholder)
         self._tokens = lru_cache(maxsize=KEPT_TEXTS)(self._tokenize)
         special = [str(t) for t in processor.tokenizer.added_tokens_decoder.values() if t.special]
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
-        self._expanded: str | None = None
-        self._tokens_per_image = 0
+        self._one_length = self.family.one_length(processor)
+        self._by_size: dict[tuple[int, int], tuple[int, ...]] = {}
         self._frames: dict[tuple[int, int, bool], list[str]] = {}
+        self._lead: str | None = None
 
     def encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Token ids and labels; labels are IGNORE except on assistant texts and the token that ends them."""
@@ -107,10 +119,11 @@ class Encoder:
         labels: list[int] = []
         for index, (user, assistant) in enumerate(conversation.turns):
             asked = self._tokens(user, frame[2 * index], frame[2 * index + 1])
+            if index == 0:
+                asked = self._with_images(asked, conversation.images)
             said = self.answer_ids(assistant) if assistant else []
             ids += [*asked, *said]
             labels += [IGNORE] * len(asked) + said
-        self._check(ids, conversation.images)
         return ids, labels
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -122,7 +135,7 @@ class Encoder:
     def answer_ids(self, text: str, goes_on: bool = False) -> list[int]:
         """An assistant text as it stands in a conversation: its tokens and, unless it goes on,
         the end of turn."""
-        tokens = self._tokens(text)
+        tokens = self._tokens(text if text.startswith(self.lead) else self.lead + text)
         return [*tokens] if goes_on else [*tokens, self.tokenizer.eos_token_id]
 
     def pixels(self, images: Sequence[str]) -> Mapping[str, torch.Tensor]:
@@ -158,37 +171,73 @@ class Encoder:
                 add_generation_prompt=not closed,
                 chat_template=self.processor.chat_template,
             )
-            if images:
-                text = text.replace(self.processor.image_token, self._placeholder())
             parts = re.split("\u27e6[ua]\\d+\u27e7", text)
             end = self.tokenizer.eos_token
             if any(not part.startswith(end) for i, part in enumerate(parts) if i and i % 2 == 0 and part):
                 raise ValueError(
                     f"the chat template does not end the assistant's turns with {end}, the end token"
                 )
-            self._frames[key] = [
-                part.removeprefix(end) if i and i % 2 == 0 else part for i, part in enumerate(parts)
-            ]
+            pieces = [part.removeprefix(end) if i and i % 2 == 0 else part for i, part in enumerate(parts)]
+            for i in range(1, 2 * turns if closed else 2 * turns - 2, 2):
+                pieces[i] = pieces[i].removesuffix(self.lead)
+            self._frames[key] = pieces
         return self._frames[key]
 
-    def _placeholder(self) -> str:
-        if self._expanded is None:
-            raise ImageTokenError("call `prepare` with the images of one conversation before encoding any")
-        return self._expanded
+    @property
+    def lead(self) -> str:
+        """White space before an answer that the chat template leaves to the model to write: `Assistant:` asks
+        for ` yes`, and a conversation holds `Assistant: yes`."""
+        if self._lead is None:
+            self._lead = ""
+            asked, answered = (self._frame(0, 1, closed)[1] for closed in (False, True))
+            if not answered.startswith(asked) or answered.removeprefix(asked).strip():
+                raise ValueError(
+                    f"the chat template writes {answered!r} before an answer but asks for one with {asked!r}"
+                )
+            self._lead = answered.removeprefix(asked)
+            self._frames.clear()
+        return self._lead
 
     def prepare(self, images: Sequence[str]) -> None:
-        """Learn from one image what the processor puts in place of an image placeholder
-        (one image size a checkpoint)."""
-        if self._expanded is None and images:
-            out = self.processor(text=[self.processor.image_token], images=[[self._open(images[0])]])
-            ids = list(out["input_ids"][0])
-            self._expanded = self.tokenizer.decode(ids, skip_special_tokens=False)
-            self._tokens_per_image = ids.count(self.processor.image_token_id)
-            if not self._tokens_per_image:
+        """Learn from one image what the processor puts in place of any, where their size does not matter."""
+        if self._one_length and not self._by_size and images:
+            self._by_size[0, 0] = self._expanded(images[0])
+
+    def _with_images(self, ids: Sequence[int], images: Sequence[str]) -> tuple[int, ...]:
+        """The ids with what stands for each image in place of its one token: image tokens equal images
+        (METHOD 1.5)."""
+        token = self.processor.image_token_id
+        found = ids.count(token)
+        if found != len(images):
+            raise ImageTokenError(f"the chat template has {found} places for {len(images)} images")
+        names = iter(images)
+        parts = (self._placeholder(next(names)) if one == token else (one,) for one in ids)
+        return tuple(one for part in parts for one in part) if images else tuple(ids)
+
+    def _find_placeholder(self, image: str) -> tuple[int, ...]:
+        """The tokens that stand for an image; they depend on its size alone."""
+        if self._one_length:
+            if not self._by_size:
                 raise ImageTokenError(
-                    f"the processor puts no {self.processor.image_token!r} in place of an image: the model "
-                    "would answer without having seen it. Is this a checkpoint with vision?"
+                    "call `prepare` with the images of one conversation before encoding any"
                 )
+            return self._by_size[0, 0]
+        size = self._open(image).size
+        if size not in self._by_size:
+            self._by_size[size] = self._expanded(image)
+        return self._by_size[size]
+
+    def _expanded(self, image: str) -> tuple[int, ...]:
+        out = self.processor(
+            text=[self.processor.image_token], images=[[self._open(image)]], add_special_tokens=False
+        )
+        ids = tuple(out["input_ids"][0])
+        if self.processor.image_token_id not in ids:
+            raise ImageTokenError(
+                f"the processor puts no {self.processor.image_token!r} in place of an image: the model "
+                "would answer without having seen it. Is this a checkpoint with vision?"
+            )
+        return ids
 
     def _process_images(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
         pictures = [self._open(path) for path in images]
@@ -196,11 +245,27 @@ class Encoder:
         kept = {"pixel_values", "image_grid_thw", "image_sizes"}
         return {key: value for key, value in features.items() if key in kept}
 
-    def _check(self, ids: list[int], images: Sequence[str]) -> None:
-        """Image tokens equal images (METHOD 1.5): as many as the processor gives each image."""
-        found, wanted = ids.count(self.processor.image_token_id), len(images) * self._tokens_per_image
-        if found != wanted:
-            raise ImageTokenError(f"{len(images)} images need {wanted} image tokens, the prompt has {found}")
+
+class _Kept:
+    """The tensors of the images last asked for: at most `count` of them, and KEPT_BYTES."""
+
+    def __init__(self, count: int, make: Callable[[tuple[str, ...]], Mapping[str, torch.Tensor]]) -> None:
+        self._count, self._make, self._bytes = count, make, 0
+        self._items: OrderedDict[tuple[str, ...], Mapping[str, torch.Tensor]] = OrderedDict()
+
+    def __call__(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
+        if images not in self._items:
+            self._items[images] = self._make(images)
+            self._bytes += _size(self._items[images])
+        self._items.move_to_end(images)
+        found = self._items[images]
+        while len(self._items) > self._count or self._bytes > KEPT_BYTES:
+            self._bytes -= _size(self._items.popitem(last=False)[1])
+        return found
+
+
+def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
@@ -218,8 +283,9 @@ def pad(rows: Sequence[Sequence[int]], value: int, left: bool) -> torch.Tensor:
 def stack_pixels(encoder: Encoder, images: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
     """Image tensors of a batch: concatenated along the first axis, as processors of these families do.
 
-    Where rows have different numbers of images ([1, images, 3, height, width]), all stand in one row: these
-    models hand image features out in order.
+    Where rows have different numbers of images or tiles ([1, images, 3, height, width]), all stand in one
+    row: these models hand image features out in order. With `image_sizes`, [images, tiles, 3, height, width],
+    they are padded to the most tiles.
     """
     import torch
 
@@ -227,7 +293,12 @@ def stack_pixels(encoder: Encoder, images: Sequence[Sequence[str]]) -> dict[str,
     joined = {}
     for key in parts[0] if parts else ():
         tensors = [part[key] for part in parts]
-        images_second = tensors[0].ndim == 5 and "image_sizes" not in parts[0]
-        uneven = images_second and len({tensor.shape[1] for tensor in tensors}) > 1
+        uneven = tensors[0].ndim == 5 and len({tensor.shape[1] for tensor in tensors}) > 1
+        if uneven and "image_sizes" in parts[0]:
+            most = max(tensor.shape[1] for tensor in tensors)
+            tensors = [
+                torch.nn.functional.pad(tensor, (0,) * 7 + (most - tensor.shape[1],)) for tensor in tensors
+            ]
+            uneven = False
         joined[key] = torch.cat(tensors, dim=1 if uneven else 0)
     return joined

@@ -10,7 +10,7 @@ and has seen no chain), then from the base the *generator*, which follows the st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from tasks.training_log import training_report
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from models.families import Family
     from models.vlm import Encoder
 
 
@@ -43,6 +44,13 @@ class Params:
     base: Budget = field(default_factory=Budget)
     generator: Budget = field(default_factory=Budget)
     replay: int = 0
+
+
+def families() -> Sequence[Family]:
+    """The families of models that a foundation may be of."""
+    from models.families import FAMILIES
+
+    return FAMILIES
 
 
 def run(p: Params, seed: int, instruct: Path, stage: StageRun) -> dict[str, Any]:

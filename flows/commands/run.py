@@ -20,6 +20,7 @@ Force = Annotated[
     bool, typer.Option("--force", help="Drop edits of params.yaml that --profile would overwrite.")
 ]
 Timeout = Annotated[float, typer.Option("--stage-timeout", min=0.01, help="Hours one stage may take.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and what it takes.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
 
 
@@ -29,6 +30,7 @@ def run(
     until: Until = None,
     force: Force = False,
     stage_timeout: Timeout = 24.0,
+    dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
     """Bring every stage up to date.
@@ -43,7 +45,12 @@ def run(
         longview run --profile tiny --rounds 2
 
         longview run --until judge
+
+        longview run --profile llava-next-8b --dry-run
     """
+    if dry_run:
+        _plan(profile, rounds)
+        return
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     began = time.monotonic()
@@ -70,6 +77,34 @@ def run(
     except (profiles.ProfileError, pipeline.PipelineError, recovery.BusyError, ParamsError) as error:
         _stop(error)
     _flow(profile, rounds, until, force, stage_timeout * 3600, began)
+
+
+def _plan(profile: str | None, rounds: int | None) -> None:
+    """Stages, models, estimates and every problem; nothing is written. Exit status 1 if something would stop
+    the run."""
+    from flows import pipeline, plan
+    from flows import profile as profiles
+    from flows.environment import root as find_root
+    from tasks.params import ParamsError
+
+    root = find_root()
+    try:
+        parsed = profiles.parse(root, profile, rounds)
+        names = [stage.name for stage in pipeline.stages(root)]
+    except (profiles.ProfileError, pipeline.PipelineError, ParamsError) as error:
+        _stop(error)
+    typer.echo(f"stages: {', '.join(name for name in names if '@r' not in name)}")
+    typer.echo(f"each of {len(parsed['rounds'])} rounds: sample, score, dpo, evaluate\n")
+    if parsed["foundation"].hub is None:
+        typer.echo("the models are trained here, on this machine's CPU: no GPU is needed")
+        return
+    for line in plan.lines(parsed):
+        typer.echo(line)
+    found = list(plan.problems(parsed, root))
+    for finding in found:
+        typer.echo(f"\n{finding.level}: {finding.subject}: {finding.text}\n    {finding.advice}", nl=False)
+    typer.echo(f"\n\n{sum(f.level == 'problem' for f in found)} problems; nothing was run")
+    raise typer.Exit(1 if any(f.level == "problem" for f in found) else 0)
 
 
 def _flow(

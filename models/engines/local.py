@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.engines.base import Completion, Reply, Request, Sampling
+from models.families import positions
 from models.images import ImageSource
 from models.vlm import Encoder, load, pad, stack_pixels
 
@@ -213,8 +214,8 @@ def _decode(engine: LocalEngine, rows: Sequence[_Row]) -> None:
 
 @dataclass
 class _State:
-    """A batch under way. mask: [rows, tokens so far]; position: of the last token [rows, 1]; logits: of the
-    next one [rows, vocabulary]."""
+    """A batch under way. mask: [rows, tokens so far]; position: of the last token [rows, 1], or [3, rows, 1]
+    where it is spatial; logits: of the next one [rows, vocabulary]."""
 
     cache: RoomyCache
     mask: torch.Tensor
@@ -232,7 +233,11 @@ class _State:
     def keep(self, rows: torch.Tensor) -> None:
         """Keep (or repeat) rows."""
         self.cache.batch_select_indices(rows)
-        self.mask, self.position, self.logits = self.mask[rows], self.position[rows], self.logits[rows]
+        self.mask, self.position, self.logits = (
+            self.mask[rows],
+            self.position[..., rows, :],
+            self.logits[rows],
+        )
 
 
 def _open(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
@@ -246,10 +251,10 @@ def _open(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     mask = pad([[1] * len(row.ids) for row in prompts], 0, left=True).to(device)
     pixels = stack_pixels(engine.encoder, [row.request.prompt.images for row in prompts])
     inputs = {"input_ids": pad([row.ids for row in prompts], engine.pad, left=True), **pixels}
-    position = mask.cumsum(-1).sub(1).clamp(min=0)
+    position = positions(engine.model, engine.encoder.processor, mask, inputs)
     cache = RoomyCache(engine.model.config, engine.pool)
     logits = _forward(engine.model, cache, mask, position, inputs)
-    state = _State(cache, mask, position[:, -1:], logits)
+    state = _State(cache, mask, position[..., -1:], logits)
     if len(prompts) < len(rows):  # the samples of a question go their own ways from here
         state.keep(torch.tensor(prompt_of, device=device))
     return state
@@ -258,8 +263,6 @@ def _open(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
 def _begin(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     """Prefill of conversations that go on: the same number of tokens for each row, at least its new ones; so
     that padding stays on the left."""
-    import torch
-
     from models.engines.kv_cache import RoomyCache
 
     block = max(len(row.ids) - row.known for row in rows)
@@ -272,10 +275,12 @@ def _begin(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     cache = RoomyCache(engine.model.config, engine.pool)
     cache.begin(begun, block)
     mask = pad([[1] * len(row.ids) for row in rows], 0, left=True).to(device)
-    position = mask.cumsum(-1).sub(1)[:, -block:]
-    tokens = torch.tensor([row.ids[-block:] for row in rows])
-    logits = _forward(engine.model, cache, mask, position, {"input_ids": tokens})
-    return _State(cache, mask, position[:, -1:], logits)
+    whole = {"input_ids": pad([row.ids for row in rows], engine.pad, left=True)}
+    if engine.encoder.family.spatial_positions:
+        whole |= stack_pixels(engine.encoder, [row.request.prompt.images for row in rows])
+    position = positions(engine.model, engine.encoder.processor, mask, whole)[..., -block:]
+    logits = _forward(engine.model, cache, mask, position, {"input_ids": whole["input_ids"][:, -block:]})
+    return _State(cache, mask, position[..., -1:], logits)
 
 
 def _forward(

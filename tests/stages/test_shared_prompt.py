@@ -174,8 +174,10 @@ def other_family(name: str) -> tuple[Any, Any]:
         )
         pixels = {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
     model = AutoModelForImageTextToText.from_config(config).eval()
-    tokens = {"tokenizer": SimpleNamespace(pad_token_id=0), "processor": SimpleNamespace(image_token_id=9)}
-    return model, SimpleNamespace(pixels=lambda images: pixels, **tokens)
+    known = {"llava": "LlavaNextProcessor", "qwen2.5-vl": "Qwen2_5_VLProcessor"}[name]
+    processor = type(known, (SimpleNamespace,), {})(image_token_id=9)  # a family is known by its name
+    tokenizer = SimpleNamespace(pad_token_id=0)
+    return model, SimpleNamespace(pixels=lambda images: pixels, tokenizer=tokenizer, processor=processor)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
