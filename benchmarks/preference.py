@@ -92,8 +92,10 @@ def plain(model: Any, reference: Any, encoder: Any, pairs: Any, loss: Any, budge
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    from models.batches import bucketed
+    from models.guard import Guard, callback
     from models.pairs import PreferenceCollator, encode_pairs
-    from models.training import Guard, arguments, bucketed, callback, freeze_vision, run_trainer
+    from models.training import arguments, freeze_vision, run_trainer
 
     class Collator(PreferenceCollator):
         def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:

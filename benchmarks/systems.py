@@ -158,7 +158,7 @@ def train(system: str, home: Path) -> Path:
     from models.images import data_and_instruct_images
     from models.mimicit import general_conversations
     from models.records import read_paths, read_questions
-    from models.training import train_sft
+    from models.sft import train_sft
     from models.vlm import load, save
     from tasks import params, reasoning_sft, roles
     from tasks.stage import StageRun

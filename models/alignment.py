@@ -45,7 +45,7 @@ def align_vision(
     import torch
     from torch.nn import functional
 
-    from models.training import Guard, TrainingError
+    from models.guard import Guard, TrainingError
 
     if settings.steps < 1:
         raise TrainingError("vision pre-training of 0 steps trains nothing: set foundation.vision.steps")

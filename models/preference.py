@@ -15,23 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.batches import bucketed
 from models.frozen_vision import frozen_vision
+from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
 from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs
 from models.preference_trainer import PartedCollator, companion
 from models.shared_prompt import difference, obstacle, shared_prompt
-from models.training import (
-    Budget,
-    Guard,
-    Report,
-    TrainingError,
-    arguments,
-    bucketed,
-    callback,
-    freeze_vision,
-    optimizer,
-    run_trainer,
-)
+from models.training import Budget, arguments, freeze_vision, optimizer, run_trainer
 from models.vlm import Encoder
 
 if TYPE_CHECKING:

@@ -1,11 +1,8 @@
-"""Supervised fine-tuning with TRL, on conversations encoded once;
-and the guards every training run passes through.
+"""What supervised and preference training share: the budget, the arguments of TRL's trainers, and running one
+so that a killed run goes on from its last checkpoint.
 
-    from models.training import Budget, train_sft
-    report = train_sft(model, processor, conversations, Budget(epochs=2), folder=".work/sft", seed=0)
-
-A run that trained nothing fails: no step taken, a loss or gradient that is not finite, gradients of zero, or
-a weight meant to train that did not move. Killed, the next call continues from the last trainer checkpoint.
+    trainer = SFTTrainer(model, SFTConfig(**arguments(budget, folder, seed, examples)), ...)
+    numbers = run_trainer(trainer, guard, folder)
 """
 
 from __future__ import annotations
@@ -13,29 +10,17 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.families import FamilyError, of_model, token_types
+from models.families import FamilyError, of_model
 from models.folders import drop
-from models.images import ImageSource
-from models.vlm import IGNORE, Conversation, Encoder, pad, stack_pixels
+from models.guard import Guard, TrainingError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, ProcessorMixin
-
-POOLED_BATCHES = 50
-"""Batches' worth of random rows among which rows of like length are brought together."""
-
-Report = Callable[[dict[str, float], int, int], None]
-"""report(numbers, step, steps): called at every logging step."""
-
-
-class TrainingError(RuntimeError):
-    """A training run that must not be taken for a finished one; the message says what to do."""
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -112,173 +97,6 @@ def freeze_vision(model: PreTrainedModel) -> None:
         raise TrainingError(f"{error}, or set train_vision") from None
 
 
-class Guard:
-    """Watches one run: finite loss and gradients at every log, and every trained tensor moved in the end."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
-        self.norms: list[float] = []
-
-    def log(self, numbers: dict[str, float], step: int) -> None:
-        """Refuse a loss or gradient norm that is not finite."""
-        for key in ("loss", "grad_norm"):
-            if key in numbers and not math.isfinite(numbers[key]):
-                raise TrainingError(
-                    f"{key} is {numbers[key]} at step {step}: lower the learning rate, or check the data"
-                )
-        if "grad_norm" in numbers:
-            self.norms.append(numbers["grad_norm"])
-
-    def finish(self, model: torch.nn.Module, steps: int) -> None:
-        """Refuse a run in which nothing, or not everything that should, has moved."""
-        import torch
-
-        if steps == 0:
-            raise TrainingError("no training step was taken: the data set is empty or already trained on")
-        if self.norms and max(self.norms) == 0:
-            raise TrainingError(
-                "all gradients were zero: no token carried a loss (were completions cut off?)"
-            )
-        still = [
-            n
-            for n, p in model.named_parameters()
-            if n in self.before and torch.equal(p.detach().cpu(), self.before[n])
-        ]
-        if still and len(still) == len(self.before):
-            raise TrainingError("no weight moved: is the learning rate zero?")
-        if broken := [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
-            raise TrainingError(f"{broken[0]} is not finite: lower the learning rate, or check the data")
-        if untouched := [name for name in still if not _may_rest(name)]:
-            raise TrainingError(
-                f"{len(untouched)} trained tensors did not move, e.g. {untouched[0]}: "
-                "freeze them or fix the data"
-            )
-
-
-def _may_rest(name: str) -> bool:
-    return name.endswith("bias")
-
-
-def callback(guard: Guard, report: Report | None) -> Any:
-    """A transformers callback that feeds the guard and the report."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def on_log(
-            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-        ) -> None:
-            numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
-            guard.log(numbers, state.global_step)
-            if report and "loss" in numbers:
-                report(numbers, state.global_step, state.max_steps)
-
-    return Watch()
-
-
-def encode_rows(
-    encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int
-) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"images", "input_ids", "labels", "length"}, and how many conversations were too long
-    and left out."""
-    rows, long = [], 0
-    first = next((c.images for c in conversations if c.images), None)
-    if first:
-        encoder.prepare(first)
-    for conversation in conversations:
-        ids, labels = encoder.encode(conversation)
-        if len(ids) > max_tokens:
-            long += 1
-            continue
-        images = list(conversation.images)
-        rows.append({"images": images, "input_ids": ids, "labels": labels, "length": len(ids)})
-    return rows, long
-
-
-class SftCollator:
-    """Rows of `encode_rows` to a padded batch."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder = encoder
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels [rows, longest], and the image tensors.
-
-        The mask is all ones: padding stands on the right, where no token looks, and has no label. Without a
-        mask to apply attention takes its faster path.
-        """
-        import torch
-
-        tokenizer = self.encoder.tokenizer
-        input_ids = pad([row["input_ids"] for row in rows], tokenizer.pad_token_id, left=False)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "labels": pad([row["labels"] for row in rows], IGNORE, left=False),
-            **token_types(self.encoder.processor, input_ids),
-            **stack_pixels(self.encoder, [row["images"] for row in rows]),
-        }
-
-
-class LengthBuckets:
-    """A sampler whose consecutive batches hold rows of like length, the batches in random order:
-    padding falls from about half to a few percent where lengths vary.
-
-    The order is a function of seed and epoch alone (`set_epoch`): a resumed run meets the same batches.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader at the start of every epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        import numpy as np
-
-        generator = np.random.default_rng([self.seed, self.epoch])
-        order = generator.permutation(len(self.lengths)).tolist()
-        pool = POOLED_BATCHES * self.batch_size
-        batches: list[list[int]] = []
-        for start in range(0, len(order), pool):
-            rows = sorted(order[start : start + pool], key=self.lengths.__getitem__)
-            batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        ragged = [batch for batch in batches if len(batch) < self.batch_size]
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        for index in generator.permutation(len(whole)).tolist():
-            yield from whole[index]
-        for batch in ragged:
-            yield from batch
-
-
-def bucketed(trainer: type, tokens_per_row: float | None = None) -> type:
-    """The trainer class with `LengthBuckets` over the `length` column of its data set.
-
-    tokens_per_row: mean number of tokens with a loss. Where it is given the loss of a batch is its sum over
-    the expected number of tokens: a mean over the batch's own would weigh every token of the batches of short
-    rows several times as much, and a model would learn to write short chains more often than its data does.
-    """
-
-    class Bucketed(trainer):
-        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-            batches, tokens = super().get_batch_samples(*args, **kwargs)
-            if tokens_per_row is not None and tokens is not None:
-                rows = sum(len(batch["input_ids"]) for batch in batches)
-                ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-                tokens = tokens * 0 + tokens_per_row * rows * ranks
-            return batches, tokens
-
-        def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
-            rows = self.train_dataset if train_dataset is None else train_dataset
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-            return LengthBuckets(rows["length"], size, self.args.data_seed)
-
-    return Bucketed
-
-
 def optimizer(model: PreTrainedModel, budget: Budget) -> torch.optim.Optimizer | None:
     """The optimizer the budget names; None leaves AdamW to the trainer."""
     if budget.optimizer == "adamw":
@@ -286,51 +104,6 @@ def optimizer(model: PreTrainedModel, budget: Budget) -> torch.optim.Optimizer |
     from models.muon import Muon
 
     return Muon(model, budget.learning_rate, budget.weight_decay)
-
-
-def train_sft(
-    model: PreTrainedModel,
-    processor: ProcessorMixin,
-    conversations: Sequence[Conversation],
-    budget: Budget,
-    folder: str | Path,
-    seed: int,
-    images: ImageSource | str | Path | Encoder = "data",
-    report: Report | None = None,
-) -> dict[str, float]:
-    """Train in place on the assistant texts; returns numbers of the run.
-    folder: trainer checkpoints, for resuming. images: as `Encoder` takes them, or an encoder of the same
-    processor that has met them before.
-
-    Raises TrainingError for an empty set and for a run that trained nothing.
-    """
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
-    rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
-    if not rows:
-        raise TrainingError(
-            f"nothing to train on: {len(conversations)} conversations, "
-            f"{too_long} longer than {budget.max_tokens}"
-        )
-    if not budget.train_vision:
-        freeze_vision(model)
-    model.config.use_cache = False
-    guard = Guard(model)
-    tokens = sum(label != IGNORE for row in rows for label in row["labels"])
-    trainer = bucketed(SFTTrainer, tokens / len(rows))(
-        model=model,
-        args=SFTConfig(
-            **arguments(budget, Path(folder), seed, len(rows)), dataset_kwargs={"skip_prepare_dataset": True}
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
-        data_collator=SftCollator(encoder),
-        callbacks=[callback(guard, report)],
-        optimizers=(optimizer(model, budget), None),
-    )
-    return run_trainer(trainer, guard, folder) | {"examples": len(rows), "too_long": too_long}
 
 
 def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, float]:

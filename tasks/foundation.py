@@ -104,7 +104,7 @@ def _train(
     seed: int,
     stage: StageRun,
 ) -> dict[str, Any]:
-    from models.training import train_sft
+    from models.sft import train_sft
 
     steps = stage.scratch / f"{role}-steps"
     with training_report(stage, role) as report:

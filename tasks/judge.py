@@ -61,7 +61,7 @@ def run(p: Params, seed: int, instruct: Path, foundation: Path, stage: StageRun)
 def _train(
     model: Any, processor: Any, p: Params, seed: int, instruct: Path, stage: StageRun
 ) -> dict[str, float]:
-    from models.training import train_sft
+    from models.sft import train_sft
 
     lessons, steps, images = _lessons(p.prompts, instruct), stage.scratch / "steps", _images(instruct)
     with training_report(stage, "judge") as report:

@@ -37,7 +37,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     from models.mimicit import general_conversations
     from models.probe import save_with_probe
     from models.records import read_paths, read_questions
-    from models.training import train_sft
+    from models.sft import train_sft
     from models.vlm import Conversation, load
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))

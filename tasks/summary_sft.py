@@ -51,7 +51,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     """Publish checkpoint/ and return the run's numbers."""
     from models.images import data_and_instruct_images
     from models.probe import save_with_probe
-    from models.training import train_sft
+    from models.sft import train_sft
     from models.vlm import load
 
     model, processor = load(BASE)

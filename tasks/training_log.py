@@ -24,7 +24,7 @@ KEPT = (
 
 @contextmanager
 def training_report(stage: StageRun, name: str) -> Iterator[Callable[[dict[str, float], int, int], None]]:
-    """A `report` for models.training: `name` opens the metric names."""
+    """A `report` for models.guard: `name` opens the metric names."""
     with _lazy_meter(name) as advance:
 
         def report(numbers: dict[str, float], step: int, steps: int) -> None:

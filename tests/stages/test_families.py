@@ -18,7 +18,8 @@ from models.engines.base import Sampling, generate
 from models.engines.local import LocalEngine
 from models.families import FAMILIES, THOUGHTS, FamilyError, of_model, of_processor, of_type
 from models.preference import PreferenceExample, PreferenceLoss, train_preference
-from models.training import Budget, train_sft
+from models.sft import train_sft
+from models.training import Budget
 from models.vlm import IGNORE, Conversation, Encoder, load, messages, pad, save, stack_pixels
 from tests.support.tiny_families import TINY, chain, has_torchvision, picture, questions
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from models.batches import bucketed
 from models.frozen_vision import FeatureCache, frozen_vision
+from models.guard import Guard, callback
 from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs, number
 from models.preference import PreferenceLoss, Sharing, train_preference
 from models.preference_trainer import in_parts
 from models.reference import ReferenceLog, digest
 from models.shared_prompt import difference, obstacle, positions, shared_prompt
-from models.training import Budget, Guard, arguments, bucketed, callback, freeze_vision, run_trainer
+from models.training import Budget, arguments, freeze_vision, run_trainer
 from models.vlm import Conversation, Encoder
 from tests.support.tiny_vlm import picture
 

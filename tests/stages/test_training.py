@@ -10,20 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.batches import LengthBuckets, bucketed
+from models.guard import Guard, TrainingError
 from models.muon import ITERATIONS, NEWTON_SCHULZ, orthogonalised
 from models.pairs import PreferenceCollator, PreferenceExample, encode_pairs
 from models.preference import PreferenceLoss, train_preference
-from models.training import (
-    Budget,
-    Guard,
-    LengthBuckets,
-    SftCollator,
-    TrainingError,
-    arguments,
-    bucketed,
-    encode_rows,
-    train_sft,
-)
+from models.sft import SftCollator, encode_rows, train_sft
+from models.training import Budget, arguments
 from models.vlm import Conversation, Encoder
 from tests.support.tiny_vlm import lessons, picture
 

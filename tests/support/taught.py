@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from models.sft import train_sft
 from models.tiny import TinyConfig, build_model, build_processor, train_tokenizer
-from models.training import Budget, train_sft
+from models.training import Budget
 from models.vlm import Conversation, save
 
 CONFIG = TinyConfig(400, 64, layers=2, intermediate=128, vision_hidden=32, vision_layers=1, max_positions=512)

@@ -1,0 +1,89 @@
+"""What every training run passes through: a run that trained nothing fails.
+
+    guard = Guard(model)
+    trainer.add_callback(callback(guard, report))
+    ...
+    guard.finish(model, steps)
+
+No step taken, a loss or gradient that is not finite, gradients of zero, or a weight meant to train that did
+not move: each is a TrainingError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Report = Callable[[dict[str, float], int, int], None]
+"""report(numbers, step, steps): called at every logging step."""
+
+
+class TrainingError(RuntimeError):
+    """A training run that must not be taken for a finished one; the message says what to do."""
+
+
+class Guard:
+    """Watches one run: finite loss and gradients at every log, and every trained tensor moved in the end."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.norms: list[float] = []
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        """Refuse a loss or gradient norm that is not finite."""
+        for key in ("loss", "grad_norm"):
+            if key in numbers and not math.isfinite(numbers[key]):
+                raise TrainingError(
+                    f"{key} is {numbers[key]} at step {step}: lower the learning rate, or check the data"
+                )
+        if "grad_norm" in numbers:
+            self.norms.append(numbers["grad_norm"])
+
+    def finish(self, model: torch.nn.Module, steps: int) -> None:
+        """Refuse a run in which nothing, or not everything that should, has moved."""
+        import torch
+
+        if steps == 0:
+            raise TrainingError("no training step was taken: the data set is empty or already trained on")
+        if self.norms and max(self.norms) == 0:
+            raise TrainingError(
+                "all gradients were zero: no token carried a loss (were completions cut off?)"
+            )
+        still = [
+            n
+            for n, p in model.named_parameters()
+            if n in self.before and torch.equal(p.detach().cpu(), self.before[n])
+        ]
+        if still and len(still) == len(self.before):
+            raise TrainingError("no weight moved: is the learning rate zero?")
+        if broken := [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+            raise TrainingError(f"{broken[0]} is not finite: lower the learning rate, or check the data")
+        if untouched := [name for name in still if not _may_rest(name)]:
+            raise TrainingError(
+                f"{len(untouched)} trained tensors did not move, e.g. {untouched[0]}: "
+                "freeze them or fix the data"
+            )
+
+
+def _may_rest(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def callback(guard: Guard, report: Report | None) -> Any:
+    """A transformers callback that feeds the guard and the report."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        def on_log(
+            self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        ) -> None:
+            numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+            guard.log(numbers, state.global_step)
+            if report and "loss" in numbers:
+                report(numbers, state.global_step, state.max_steps)
+
+    return Watch()

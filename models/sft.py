@@ -1,0 +1,111 @@
+"""Supervised fine-tuning with TRL, on conversations encoded once.
+
+from models.sft import train_sft
+report = train_sft(model, processor, conversations, Budget(epochs=2), folder=".work/sft", seed=0)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.batches import bucketed
+from models.families import token_types
+from models.guard import Guard, Report, TrainingError, callback
+from models.images import ImageSource
+from models.training import Budget, arguments, freeze_vision, optimizer, run_trainer
+from models.vlm import IGNORE, Conversation, Encoder, pad, stack_pixels
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def encode_rows(
+    encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows {"images", "input_ids", "labels", "length"}, and how many conversations were too long
+    and left out."""
+    rows, long = [], 0
+    first = next((c.images for c in conversations if c.images), None)
+    if first:
+        encoder.prepare(first)
+    for conversation in conversations:
+        ids, labels = encoder.encode(conversation)
+        if len(ids) > max_tokens:
+            long += 1
+            continue
+        images = list(conversation.images)
+        rows.append({"images": images, "input_ids": ids, "labels": labels, "length": len(ids)})
+    return rows, long
+
+
+class SftCollator:
+    """Rows of `encode_rows` to a padded batch."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """input_ids, attention_mask and labels [rows, longest], and the image tensors.
+
+        The mask is all ones: padding stands on the right, where no token looks, and has no label. Without a
+        mask to apply attention takes its faster path.
+        """
+        import torch
+
+        tokenizer = self.encoder.tokenizer
+        input_ids = pad([row["input_ids"] for row in rows], tokenizer.pad_token_id, left=False)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "labels": pad([row["labels"] for row in rows], IGNORE, left=False),
+            **token_types(self.encoder.processor, input_ids),
+            **stack_pixels(self.encoder, [row["images"] for row in rows]),
+        }
+
+
+def train_sft(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    conversations: Sequence[Conversation],
+    budget: Budget,
+    folder: str | Path,
+    seed: int,
+    images: ImageSource | str | Path | Encoder = "data",
+    report: Report | None = None,
+) -> dict[str, float]:
+    """Train in place on the assistant texts; returns numbers of the run.
+    folder: trainer checkpoints, for resuming. images: as `Encoder` takes them, or an encoder of the same
+    processor that has met them before.
+
+    Raises TrainingError for an empty set and for a run that trained nothing.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
+    rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
+    if not rows:
+        raise TrainingError(
+            f"nothing to train on: {len(conversations)} conversations, "
+            f"{too_long} longer than {budget.max_tokens}"
+        )
+    if not budget.train_vision:
+        freeze_vision(model)
+    model.config.use_cache = False
+    guard = Guard(model)
+    tokens = sum(label != IGNORE for row in rows for label in row["labels"])
+    trainer = bucketed(SFTTrainer, tokens / len(rows))(
+        model=model,
+        args=SFTConfig(
+            **arguments(budget, Path(folder), seed, len(rows)), dataset_kwargs={"skip_prepare_dataset": True}
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        data_collator=SftCollator(encoder),
+        callbacks=[callback(guard, report)],
+        optimizers=(optimizer(model, budget), None),
+    )
+    return run_trainer(trainer, guard, folder) | {"examples": len(rows), "too_long": too_long}
