@@ -30,35 +30,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import results
+from benchmarks.environments import HOME, SCRIPTS, PeerError, interpreter, last_line
 from benchmarks.mock_server import MockServer
 from benchmarks.results import ROOT, Row, Table
 
-HOME = ROOT / ".work" / "peers"
-SCRIPTS = ROOT / "benchmarks" / "peers"
-REQUIREMENTS = {
-    "datatrove": (
-        "datatrove[io]==0.10.1",
-        "aiofiles==25.1.0",  # the rest of its extra `inference`, without vllm and sglang
-        "aiosqlite==0.22.1",
-        "httpx==0.28.1",
-        "xxhash==3.8.2",
-    ),
-    "curator": ("bespokelabs-curator==0.1.31",),
-    "distilabel": ("distilabel[openai]==1.5.3", "openai==3.54.0", "requests==2.34.2"),
-}
+ENVIRONMENTS = ("datatrove", "curator", "distilabel")
 DELAY_S = 0.05
-INSTALL_S, RUN_S = 1200, 300
+RUN_S = 300
 WALL, CPU = 1.15, 0.3
 """Targets: wall time as a multiple of the floor, ms of CPU a call."""
 
 
-class PeerError(RuntimeError):
-    """A client that could not be installed or did not do its work; the message says why."""
-
-
 @dataclass(frozen=True)
 class Client:
-    """environment: of REQUIREMENTS; None: this one. options: further arguments of its script."""
+    """environment: of ENVIRONMENTS; None: this one. options: further arguments of its script."""
 
     name: str
     script: str
@@ -99,34 +84,6 @@ class Load:
         return -(-self.calls // self.in_flight) * DELAY_S
 
 
-def interpreter(name: str, home: Path = HOME) -> Path:
-    """Python of a peer's environment, which is built if its requirements are not those it was built from."""
-    folder, wanted = home / name, "\n".join(REQUIREMENTS[name])
-    python, built = folder / "bin" / "python", folder / "requirements.txt"
-    if built.is_file() and built.read_text() == wanted:
-        return python
-    print(f"{name}: building its environment in {folder}", file=sys.stderr, flush=True)
-    _install(name, [sys.executable, "-m", "venv", "--clear", str(folder)])
-    _install(name, [str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[name]])
-    built.write_text(wanted)
-    return python
-
-
-def _install(name: str, command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
-    except subprocess.TimeoutExpired:
-        raise PeerError(f"{name} could not be installed within {INSTALL_S} s") from None
-    if done.returncode != 0:
-        raise PeerError(f"{name} could not be installed: {_last_line(done.stderr or done.stdout)}")
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")]
-    return (errors or lines or ["nothing was said"])[-1][:200]
-
-
 def run(client: Client, load: Load) -> Run:
     """One run against a fresh server. Raises PeerError unless every call was answered."""
     python = interpreter(client.environment) if client.environment else Path(sys.executable)
@@ -149,7 +106,7 @@ def run(client: Client, load: Load) -> Run:
 def parse(name: str, status: int, stdout: str, stderr: str, calls: int) -> Run:
     """What a script said in its last line. Raises PeerError."""
     if status != 0 or not stdout.strip():
-        raise PeerError(f"{name} failed: {_last_line(stderr)}")
+        raise PeerError(f"{name} failed: {last_line(stderr)}")
     found = Run(**json.loads(stdout.strip().splitlines()[-1]))
     if found.done != calls:
         raise PeerError(f"{name} answered {found.done:,} of {calls:,} calls")
@@ -233,7 +190,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, default=160)
     parser.add_argument("--rounds", type=int, default=5, help="runs of ours")
     parser.add_argument(
-        "--peers", nargs="*", choices=REQUIREMENTS, default=list(REQUIREMENTS), help="none: ours alone"
+        "--peers", nargs="*", choices=ENVIRONMENTS, default=ENVIRONMENTS, help="none: ours alone"
     )
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     args = parser.parse_args(words)

@@ -1,9 +1,10 @@
-"""Preference training of a vision-language model against plain TRL: the same pairs, order and losses.
+"""Preference training of a vision-language model against plain TRL and ms-swift: the same pairs, order and
+losses.
 
     python -m benchmarks.preference [--save]
-    python -m benchmarks.preference --steps 8 --repeats 1      # a quick one
+    python -m benchmarks.preference --steps 8 --repeats 1 --sides "plain TRL" "shared prompt"   # quick
 
-Both train the embedded model (TinyConfig, float32) with MPO on pairs of one picture each, at a prompt once,
+All train the embedded model (TinyConfig, float32) with MPO on pairs of one picture each, at a prompt once,
 four and eight times as long as a completion. Plain is TRL's DPOTrainer, which reads a prompt twice and runs
 its reference at every step; ours is models.preference as the stage `dpo` runs it. Every run is a process of
 its own, plain and ours in turns. Speed is pairs a second between two steps, after those that warm up; the
@@ -12,12 +13,17 @@ it is in the seconds of whole runs, which stand beside it: one epoch, all that i
 counts a text model's linear layers alone, a backward pass as two forward passes; what is gained beyond it
 comes from attention without a mask over prompts, logits of completions alone, and images encoded once. Memory
 is the largest resident size of the process.
+
+ms-swift (benchmarks/peers/swift_peer.py) is in an environment of its own, with the TRL that it asks for: its
+BCO keeps another running mean of the rewards, so that its losses are those of the others until weights have
+moved, and in the third digit after that; with `sigmoid` alone they agree to 1e-5.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -25,11 +31,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from benchmarks import results
+from benchmarks.environments import SCRIPTS, PeerError, interpreter, last_line
 from benchmarks.results import ROOT, Row, Table
 
 LENGTHS = {1: (160, 160), 4: (384, 96), 8: (512, 64)}
@@ -40,7 +48,8 @@ SHARE = 0.9
 PAIRS, WARM_UP, COMPARED = 8, 4, 20
 """Pairs a step, steps that are not timed, losses that are compared."""
 CLOSE = 1e-4
-PLAIN, OURS = "plain TRL", "shared prompt"
+RATE = 5e-5
+PLAIN, OURS, SWIFT = SIDES = ("plain TRL", "shared prompt", "ms-swift")
 FRAME = 14
 """Tokens of a prompt that are not its text: the picture and the template."""
 
@@ -134,7 +143,7 @@ def one(side: str, ratio: int, steps: int) -> dict[str, Any]:
 
     import_module("trl.trainer.dpo_trainer")  # the seconds of a run begin when all is imported
     model, processor, pairs = make(ratio, steps)
-    budget = Budget(epochs=1, batch_size=PAIRS, learning_rate=5e-5, save_steps=10 * steps)
+    budget = Budget(epochs=1, batch_size=PAIRS, learning_rate=RATE, save_steps=10 * steps)
     logged: list[dict[str, float]] = []
     times: list[float] = []
 
@@ -178,6 +187,42 @@ def check(ratio: int) -> dict[str, float]:
     }
 
 
+def write(ratio: int, steps: int, folder: Path) -> None:
+    """Model and pairs as benchmarks/peers/swift_peer.py takes them, in the order of the others."""
+    from models.batches import LengthBuckets
+    from models.pairs import encode_pairs
+    from models.preference import PreferenceLoss
+    from models.vlm import Encoder, save
+
+    model, processor, pairs = make(ratio, steps)
+    save(model, processor, folder / "model")
+    rows, _ = encode_pairs(Encoder(processor, picture), pairs, 10_000)
+    lines = []
+    for index in LengthBuckets([row["length"] for row in rows], PAIRS, seed=0):
+        pair = pairs[index]
+        image = folder / f"{pair.prompt.images[0]}.png"
+        picture(image.stem).save(image)
+        turns = {"user": f"<image>{pair.prompt.turns[0][0]}", "assistant": pair.chosen}
+        messages = [{"role": role, "content": text} for role, text in turns.items()]
+        lines.append({"messages": messages, "rejected_response": pair.rejected, "images": [str(image)]})
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    settings = asdict(PreferenceLoss()) | {"batch_size": PAIRS, "learning_rate": RATE, "warm_up": WARM_UP}
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+def swift(ratio: int, steps: int) -> dict[str, Any]:
+    """One run of ms-swift, in its own environment."""
+    python = interpreter("ms-swift")
+    with tempfile.TemporaryDirectory() as folder:
+        write(ratio, steps, Path(folder))
+        command = [str(python), str(SCRIPTS / "swift_peer.py"), folder]
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=clean)
+    if done.returncode:
+        raise PeerError(f"ms-swift failed: {last_line(done.stderr)}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def in_a_process(*words: str) -> dict[str, Any]:
     """What this module prints last when it is run with these words."""
     command = [sys.executable, "-m", "benchmarks.preference", *words]
@@ -187,15 +232,21 @@ def in_a_process(*words: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(ratios: Sequence[int], steps: int, repeats: int) -> dict[int, dict[str, Any]]:
-    """By ratio: the check under "check", and the runs of either side, in turns."""
+def measure(
+    ratios: Sequence[int], steps: int, repeats: int, sides: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """By ratio: the check under "check", and the runs of each side, in turns."""
     found: dict[int, dict[str, Any]] = {}
     for ratio in ratios:
         words = ["--ratios", str(ratio), "--steps", str(steps)]
-        found[ratio] = {"check": in_a_process("--one", "check", *words), PLAIN: [], OURS: []}
+        found[ratio] = {"check": in_a_process("--one", "check", *words), **{side: [] for side in sides}}
         for _ in range(repeats):
-            for side in (PLAIN, OURS):
-                run = in_a_process("--one", side, *words)
+            for side in sides:
+                try:
+                    run = swift(ratio, steps) if side == SWIFT else in_a_process("--one", side, *words)
+                except PeerError as error:
+                    print(f"1:{ratio} {error}", file=sys.stderr)
+                    continue
                 print(f"1:{ratio} {side}: {run['pairs_per_second']:.2f} pairs a second", flush=True)
                 found[ratio][side].append(run)
     return found
@@ -210,12 +261,14 @@ def judge(found: dict[int, dict[str, Any]]) -> tuple[list[Row], Table]:
         middle = {
             side: {key: statistics.median(run[key] for run in runs[side])
                    for key in ("pairs_per_second", "seconds", "peak_bytes")}
-            for side in (PLAIN, OURS)
+            for side in SIDES if runs.get(side)
         }  # fmt: skip
-        speed = middle[OURS]["pairs_per_second"] / middle[PLAIN]["pairs_per_second"]
-        whole = middle[PLAIN]["seconds"] / middle[OURS]["seconds"]
+        ours = middle[OURS]
+        speeds = {side: ours["pairs_per_second"] / of["pairs_per_second"] for side, of in middle.items()}
+        speed = speeds[PLAIN]
+        whole = middle[PLAIN]["seconds"] / ours["seconds"]
         most = bound(tokens["prompt"], tokens["completion"])
-        memory = middle[OURS]["peak_bytes"] / middle[PLAIN]["peak_bytes"]
+        memory = ours["peak_bytes"] / middle[PLAIN]["peak_bytes"]
         losses = [run["losses"][:COMPARED] for run in (*runs[PLAIN], *runs[OURS])]
         apart = max(abs(a - b) for other in losses for a, b in zip(losses[0], other, strict=True))
         target = TARGETS[ratio]
@@ -229,6 +282,8 @@ def judge(found: dict[int, dict[str, Any]]) -> tuple[list[Row], Table]:
                 f"≤ {CLOSE:g}", apart <= CLOSE),
             Row(f"{named}: peak memory, ours / plain", memory, "×", "≤ 1", memory <= 1),
         ]  # fmt: skip
+        if SWIFT in speeds:
+            rows.append(Row(f"{named}: pairs a second, ours / ms-swift", speeds[SWIFT], "×"))
         cells += [
             [f"1:{ratio}", side, f"{tokens['prompt']:.0f} + {tokens['completion']:.0f}",
              f"{of['pairs_per_second']:.1f}", f"{of['seconds']:.1f}", f"{of['peak_bytes'] / 2**20:.0f}",
@@ -247,9 +302,13 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratios", type=int, nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--steps", type=int, default=COMPARED)
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--one", choices=["check", PLAIN, OURS], help=argparse.SUPPRESS)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    if not {PLAIN, OURS} <= set(args.sides):
+        parser.error(f"--sides: {PLAIN!r} and {OURS!r} are always compared")
+    return args
 
 
 def main() -> int:
@@ -259,7 +318,7 @@ def main() -> int:
         ratio = args.ratios[0]
         print(json.dumps(check(ratio) if args.one == "check" else one(args.one, ratio, args.steps)))
         return 0
-    rows, table = judge(measure(args.ratios, args.steps, args.repeats))
+    rows, table = judge(measure(args.ratios, args.steps, args.repeats, args.sides))
     return results.finish("preference", rows, [results.row_table("preference", rows), table], args.save)
 
 

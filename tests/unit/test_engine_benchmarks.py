@@ -16,8 +16,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks import chains_memory, client_overhead, generation, local_engine, preference, resume, traces
-from benchmarks.client_overhead import BARE, CHAINS, OURS, PEERS, Load, PeerError
+from benchmarks import (
+    chains_memory,
+    client_overhead,
+    environments,
+    generation,
+    local_engine,
+    preference,
+    resume,
+    traces,
+)
+from benchmarks.client_overhead import BARE, CHAINS, OURS, PEERS, Load
+from benchmarks.environments import PeerError
 from benchmarks.mock_server import MockServer
 from benchmarks.results import Row
 from models.engines.base import EngineError
@@ -105,14 +115,14 @@ def test_a_peers_environment_is_built_when_its_requirements_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[str] = []
-    monkeypatch.setattr(client_overhead, "REQUIREMENTS", {"x": ("a==1", "b==2")})
-    monkeypatch.setattr(client_overhead, "_install", lambda name, command: built.append(command[2]))
+    monkeypatch.setattr(environments, "REQUIREMENTS", {"x": ("a==1", "b==2")})
+    monkeypatch.setattr(environments, "_install", lambda name, command: built.append(command[2]))
     (tmp_path / "x").mkdir()
     for _ in range(2):
-        assert client_overhead.interpreter("x", tmp_path) == tmp_path / "x/bin/python"
+        assert environments.interpreter("x", tmp_path) == tmp_path / "x/bin/python"
     assert built == ["venv", "pip"]
-    monkeypatch.setattr(client_overhead, "REQUIREMENTS", {"x": ("a==2",)})
-    client_overhead.interpreter("x", tmp_path)
+    monkeypatch.setattr(environments, "REQUIREMENTS", {"x": ("a==2",)})
+    environments.interpreter("x", tmp_path)
     assert built == ["venv", "pip"] * 2
 
 
