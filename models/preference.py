@@ -66,18 +66,19 @@ def train_preference(
     budget: Budget,
     folder: str | Path,
     seed: int,
-    images: ImageSource | str | Path = "data",
+    images: ImageSource | str | Path | Encoder = "data",
     report: Report | None = None,
     sharing: Sharing | None = None,
 ) -> dict[str, float]:
     """Train `model` in place against the frozen `reference`; returns numbers of the run.
 
     reference: None for the model as it is given, which needs no second copy of it. It runs before the first
-    step, and is not kept after that.
+    step, and is not kept after that. images: as `Encoder` takes them, or an encoder of the same processor.
 
     Raises TrainingError where there are no pairs, and for a run that trained nothing.
     """
-    encoder, sharing = Encoder(processor, images), sharing or Sharing()
+    encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
+    sharing = sharing or Sharing()
     rows, too_long = encode_pairs(encoder, pairs, budget.max_tokens)
     if not rows:
         raise TrainingError(

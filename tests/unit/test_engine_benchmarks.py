@@ -353,9 +353,9 @@ def test_preference_training_is_judged_by_speed_numbers_and_memory() -> None:
 
     check = {"difference": 1e-6, "prompt": 40.0, "completion": 10.0}
     sides = {preference.PLAIN: [run(10, 0.5, 100)], preference.OURS: [run(21, 0.5 + 1e-5, 90)]}
-    rows, _ = preference.judge({4: {"check": check, **sides}})
+    rows, _ = preference.judge({preference.CASES["4"]: {"check": check, **sides}})
     assert [row.holds for row in rows if row.target] == [True] * 5
     assert rows[2].value == pytest.approx(21 / 10 / (20 / 9))
     sides[preference.OURS].append(run(20, 0.5 + 1e-3, 120))
-    rows, _ = preference.judge({4: {"check": check | {"difference": 1e-3}, **sides}})
+    rows, _ = preference.judge({preference.CASES["4"]: {"check": check | {"difference": 1e-3}, **sides}})
     assert [row.holds for row in rows if row.target] == [True, True, False, False, False]
