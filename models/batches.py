@@ -66,7 +66,8 @@ def bucketed(trainer: type, tokens_per_row: float | None = None) -> type:
 
         def _get_train_sampler(self, train_dataset: Any = None) -> LengthBuckets:
             rows = self.train_dataset if train_dataset is None else train_dataset
-            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            ranks = self.accelerator.num_processes  # which take batches of a step by turns
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps * ranks
             return LengthBuckets(rows["length"], size, self.args.data_seed)
 
     return Bucketed

@@ -11,9 +11,12 @@ not move: each is a TrainingError.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from models.distributed import gathered
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +33,7 @@ class Guard:
     """Watches one run: finite loss and gradients at every log, and every trained tensor moved in the end."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.before = {n: p.detach().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.before = {n: _digest(p) for n, p in model.named_parameters() if p.requires_grad}
         self.norms: list[float] = []
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -45,28 +48,36 @@ class Guard:
 
     def finish(self, model: torch.nn.Module, steps: int) -> None:
         """Refuse a run in which nothing, or not everything that should, has moved."""
-        import torch
-
         if steps == 0:
             raise TrainingError("no training step was taken: the data set is empty or already trained on")
         if self.norms and max(self.norms) == 0:
             raise TrainingError(
                 "all gradients were zero: no token carried a loss (were completions cut off?)"
             )
-        still = [
-            n
-            for n, p in model.named_parameters()
-            if n in self.before and torch.equal(p.detach().cpu(), self.before[n])
-        ]
+        still, broken = [], []
+        for name, parameter in model.named_parameters():
+            with gathered(parameter) as weight:
+                if not bool(weight.isfinite().all()):
+                    broken.append(name)
+                elif self.before.get(name) == _digest(weight):
+                    still.append(name)
         if still and len(still) == len(self.before):
             raise TrainingError("no weight moved: is the learning rate zero?")
-        if broken := [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]:
+        if broken:
             raise TrainingError(f"{broken[0]} is not finite: lower the learning rate, or check the data")
         if untouched := [name for name in still if not _may_rest(name)]:
             raise TrainingError(
                 f"{len(untouched)} trained tensors did not move, e.g. {untouched[0]}: "
                 "freeze them or fix the data"
             )
+
+
+def _digest(weight: torch.Tensor) -> bytes:
+    """Of a tensor's bytes: a copy of what is to be trained would take as much memory as the model."""
+    import torch
+
+    data = weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _may_rest(name: str) -> bool:

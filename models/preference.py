@@ -11,11 +11,12 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.batches import bucketed
+from models.distributed import processes, zero_stage
 from models.frozen_vision import frozen_vision
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
@@ -78,7 +79,7 @@ def train_preference(
     Raises TrainingError where there are no pairs, and for a run that trained nothing.
     """
     encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
-    sharing = sharing or Sharing()
+    sharing = _possible(sharing or Sharing())
     rows, too_long = encode_pairs(encoder, pairs, budget.max_tokens)
     if not rows:
         raise TrainingError(
@@ -108,6 +109,15 @@ def train_preference(
     )
     counts = {"pairs": len(rows), "too_long": too_long, "shared_prompt": int(shared)}
     return numbers | counts | {name: last[key] for name, key in _LAST.items() if key in last}
+
+
+def _possible(sharing: Sharing) -> Sharing:
+    """What several processes can share. All make the same forward passes where ZeRO-3 gathers weights for
+    each, and the same backward passes: none may leave out an image that it has met, or have more parts."""
+    if processes() > 1 and sharing.batch_tokens:
+        logging.getLogger(__name__).warning("sharing.batch_tokens is for one process: set aside")
+        sharing = replace(sharing, batch_tokens=0)
+    return replace(sharing, vision_cache_mb=0) if zero_stage() == 3 else sharing
 
 
 def _shares(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.distributed import rank, share
 from models.reference import ReferenceLog, digest
 
 Row = dict[str, Any]
@@ -61,23 +62,36 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             rows = dataset.to_list()
             key = digest(self._precompute_model_hash, rows, self.processing_class)
-            log = ReferenceLog(folder, key, self.accelerator.process_index)
-            model = self.ref_model or self.model
-            model.eval()
+            log = ReferenceLog(folder, key, rank())
+            missing = log.missing(in_parts(rows, batch_size, batch_tokens))
+            self.accelerator.wait_for_everyone()  # before any writes, so that all have found the same missing
+            if missing:
+                model = self._reference()
 
-            def compute(batch: Sequence[int]) -> tuple[list[float], list[float]]:
-                inputs = self._prepare_inputs(collate([rows[index] for index in batch]))
-                chosen, rejected = self.compute_ref_log_probs(model, inputs)
-                return chosen.tolist(), rejected.tolist()
+                def compute(batch: Sequence[int]) -> tuple[list[float], list[float]]:
+                    inputs = self._prepare_inputs(collate([rows[index] for index in batch]))
+                    chosen, rejected = self.compute_ref_log_probs(model, inputs)
+                    return chosen.tolist(), rejected.tolist()
 
-            batches = in_parts(rows, batch_size, batch_tokens)
-            log.fill(batches[self.accelerator.process_index :: self.accelerator.num_processes], compute)
-            self.accelerator.wait_for_everyone()
-            log.read()
+                log.fill(share(missing), compute)
+                if hasattr(model, "destroy"):
+                    model.destroy()  # DeepSpeed's engine, with its hooks
+                self.accelerator.wait_for_everyone()
+                log.read()
             self._free_reference()
             for column, side in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
                 dataset = dataset.add_column(column, [log.values[row][side] for row in range(len(rows))])
             return dataset
+
+        def _reference(self) -> Any:
+            """The reference, or the policy before its first step, where it can run."""
+            model = self.ref_model or self.model
+            if self.ref_model is None and self.is_deepspeed_enabled:  # not placed, or split, before training
+                from trl.models import prepare_deepspeed
+
+                model = prepare_deepspeed(self.model, self.accelerator)
+            model.eval()
+            return model
 
         def _free_reference(self) -> None:
             models = self.accelerator._models

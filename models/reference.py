@@ -2,7 +2,7 @@
 from.
 
     log = ReferenceLog(folder, digest(model, rows, processor))
-    log.fill(batches, compute)          # compute(batch) -> log-probabilities of chosen and of rejected
+    log.fill(log.missing(batches), compute)     # compute(batch) -> log-probabilities of chosen, of rejected
     log.values[row]                     # (chosen, rejected) of a row
 
 The file's name is a digest of the model, of the pairs and of the processor: what one of them changed is
@@ -50,14 +50,16 @@ class ReferenceLog:
             for line in _whole(path).splitlines():
                 self.values |= {row: (chosen, rejected) for row, (chosen, rejected) in json.loads(line)}
 
+    def missing(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Those of the batches that are not known."""
+        return [batch for batch in batches if any(row not in self.values for row in batch)]
+
     def fill(self, batches: Sequence[Batch], compute: Compute) -> None:
-        """Compute what is missing. `computed` counts the rows that were."""
+        """Compute the batches. `computed` counts the rows that were."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.truncate(len(_whole(self.path)))
             for batch in batches:
-                if all(row in self.values for row in batch):
-                    continue
                 chosen, rejected = compute(batch)
                 found = dict(zip(batch, zip(chosen, rejected, strict=True), strict=True))
                 file.write(json.dumps(list(found.items())).encode() + b"\n")

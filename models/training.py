@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.distributed import first, processes, whole
 from models.families import FamilyError, of_model
 from models.folders import drop
 from models.guard import Guard, TrainingError
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long and how hard to train. Rates are peaks; `schedule` is transformers' name;
-    `optimizer` muon is for models trained from scratch (models.muon)."""
+    """How long and how hard to train. A step takes batch_size × accumulate rows, whatever the number of
+    processes: they divide them. Rates are peaks; `schedule` is transformers' name; `optimizer` muon is for
+    models trained from scratch (models.muon)."""
 
     epochs: float = 1.0
     max_steps: int = -1
@@ -45,13 +47,23 @@ class Budget:
     optimizer: Literal["adamw", "muon"] = "adamw"
 
 
-def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[str, Any]:
-    """The arguments TRL's configs share; final weights are saved by the stage, not by the trainer."""
-    steps = (
-        budget.max_steps
-        if budget.max_steps > 0
-        else math.ceil(examples * budget.epochs / budget.batch_size / budget.accumulate)
+def divided(budget: Budget, count: int) -> Budget:
+    """The budget of each of `count` processes, for the same steps. TrainingError where its rows do not
+    divide."""
+    for name, rest in (("accumulate", budget.accumulate % count), ("batch_size", budget.batch_size % count)):
+        if not rest:
+            return replace(budget, **{name: getattr(budget, name) // count})
+    raise TrainingError(
+        f"{count} processes cannot share the {budget.batch_size} × {budget.accumulate} rows of a step: make "
+        f"`accumulate` or `batch_size` of the budget a multiple of {count}"
     )
+
+
+def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[str, Any]:
+    """The arguments TRL's configs share, for one of the processes that train together; final weights are
+    saved by the stage, not by the trainer."""
+    budget, rows = divided(budget, processes()), budget.batch_size * budget.accumulate
+    steps = budget.max_steps if budget.max_steps > 0 else math.ceil(examples * budget.epochs / rows)
     log_every = max(1, steps // 50)
     return {
         "output_dir": str(folder),
@@ -119,10 +131,11 @@ def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, flo
     outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     guard.finish(model, trainer.state.global_step)
+    whole(trainer)
     model.config.use_cache = True
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    if folder.exists():
+    if folder.exists() and first():
         drop(folder)  # half of a checkpoint would be taken for one
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tail = losses[-5:]
@@ -144,5 +157,5 @@ def last_checkpoint(folder: Path) -> Path | None:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
             whole.append(path)
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process may be at it, too
     return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)

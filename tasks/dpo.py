@@ -10,7 +10,7 @@ from typing import Literal
 
 from models.preference import PreferenceLoss, Sharing
 from models.training import Budget
-from tasks import params, roles, rounds
+from tasks import launch, params, roles, rounds
 from tasks.stage import StageRun, open_stage, settings
 from tasks.training_log import training_report
 
@@ -60,7 +60,8 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
             report,
             p.sharing,
         )
-    save_with_probe(model, processor, stage.out / "checkpoint")
+    if stage.first:
+        save_with_probe(model, processor, stage.out / "checkpoint")
     stage.generation(
         f"dpo_r{this.t}", stage.out / "checkpoint", round=this.t, parents=[this.parent], kind="reasoning"
     )
@@ -69,6 +70,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
 
 def main() -> None:
     """Run the stage in the checkout's root."""
+    launch.spread()
     this, p = rounds.from_arguments(__doc__), params.load("dpo", Params)
     inputs = ["data", this.folder("score"), this.checkpoint, rounds.REASONING_SFT]
     with open_stage(

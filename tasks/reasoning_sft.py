@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.training import Budget
-from tasks import params, roles
+from tasks import launch, params, roles
 from tasks.stage import StageRun, open_stage, settings
 from tasks.training_log import training_report
 
@@ -52,13 +52,15 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
         numbers = train_sft(
             model, processor, conversations, p.budget, stage.scratch / "steps", seed, images, report
         )
-    save_with_probe(model, processor, stage.out / "checkpoint")
+    if stage.first:
+        save_with_probe(model, processor, stage.out / "checkpoint")
     stage.generation("reasoning_sft", stage.out / "checkpoint", round=0, parents=["base"], kind="reasoning")
     return numbers
 
 
 def main() -> None:
     """Run the stage in the checkout's root."""
+    launch.spread()
     p = params.load("reasoning_sft", Params)
     inputs: list[str | Path] = ["data", BASE, CURATED, INSTRUCT]
     with open_stage(

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from models.distributed import rank
 from models.folders import drop
 from tasks import tracking
 from tasks.fingerprint import fingerprint, text_md5
@@ -45,6 +46,11 @@ class StageRun:
         self._recorder = recorder
         self._generations: list[dict[str, Any]] = []
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that publishes, of those that train together."""
+        return rank() == 0
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Send numbers to MLflow; the recorder gathers them into batches, so calling this often is cheap."""
         if self._recorder and metrics:
@@ -52,7 +58,10 @@ class StageRun:
             self._recorder.send("metrics", values=values, step=step, time_ms=int(time.time() * 1000))
 
     def metrics(self, metrics: Mapping[str, Any]) -> None:
-        """Write out/metrics.json (keys sorted, floats rounded) and log its numeric leaves."""
+        """Write out/metrics.json (keys sorted, floats rounded) and log its numeric leaves. In the first
+        process alone."""
+        if not self.first:
+            return
         rounded = round_floats(metrics)
         write_json(self.out / "metrics.json", rounded)
         self.log_metrics(numeric_leaves(rounded))
@@ -110,7 +119,7 @@ def open_stage(
     """
     name = name if round is None or "@" in name else f"{name}@r{round}"
     out, settings = Path(out), plain(params)
-    if int(os.environ.get("RANK", "0")) > 0:
+    if rank() > 0:
         scratch = _scratch(name, _fingerprints(inputs), settings)
         yield StageRun(name, out, scratch, None)
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from models.training import Budget
-from tasks import params, roles
+from tasks import launch, params, roles
 from tasks.stage import StageRun, open_stage, settings
 from tasks.training_log import training_report
 
@@ -60,13 +60,15 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
         numbers = train_sft(
             model, processor, conversations(p, seed), p.budget, stage.scratch / "steps", seed, images, report
         )
-    save_with_probe(model, processor, stage.out / "checkpoint")
+    if stage.first:
+        save_with_probe(model, processor, stage.out / "checkpoint")
     stage.generation("summary_sft", stage.out / "checkpoint", round=None, parents=["base"], kind="summary")
     return numbers
 
 
 def main() -> None:
     """Run the stage in the checkout's root."""
+    launch.spread()
     p = params.load("summary_sft", Params)
     inputs: list[str | Path] = ["data", BASE, RECORDS, INSTRUCT]
     with open_stage("summary_sft", params=settings(p), inputs=inputs, out="artifacts/summary_sft") as stage:

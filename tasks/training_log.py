@@ -28,7 +28,8 @@ def training_report(stage: StageRun, name: str) -> Iterator[Callable[[dict[str, 
     with _lazy_meter(name) as advance:
 
         def report(numbers: dict[str, float], step: int, steps: int) -> None:
-            advance(step, steps)
+            if stage.first:
+                advance(step, steps)
             stage.log_metrics({f"{name}/{key}": numbers[key] for key in KEPT if key in numbers}, step=step)
 
         yield report

@@ -20,6 +20,9 @@ Force = Annotated[
     bool, typer.Option("--force", help="Drop edits of params.yaml that --profile would overwrite.")
 ]
 Timeout = Annotated[float, typer.Option("--stage-timeout", min=0.01, help="Hours one stage may take.")]
+Hardware = Annotated[
+    str | None, typer.Option("--hardware", help="Where to train: a file of hardware/, by name.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and what it takes.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
 
@@ -30,6 +33,7 @@ def run(
     until: Until = None,
     force: Force = False,
     stage_timeout: Timeout = 24.0,
+    hardware: Hardware = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
 ) -> None:
@@ -47,7 +51,11 @@ def run(
         longview run --until judge
 
         longview run --profile llava-next-8b --dry-run
+
+        longview run --profile llava-next-8b --hardware 8gpu-zero3
     """
+    if hardware:
+        _use(hardware)
     if dry_run:
         _plan(profile, rounds)
         return
@@ -77,6 +85,17 @@ def run(
     except (profiles.ProfileError, pipeline.PipelineError, recovery.BusyError, ParamsError) as error:
         _stop(error)
     _flow(profile, rounds, until, force, stage_timeout * 3600, began)
+
+
+def _use(hardware: str) -> None:
+    """Say to the stages where to train; refuse now what they would refuse in an hour."""
+    from tasks import launch
+
+    try:
+        launch.check(launch.read(hardware))
+    except launch.HardwareError as error:
+        _stop(error)
+    os.environ[launch.VARIABLE] = hardware
 
 
 def _plan(profile: str | None, rounds: int | None) -> None:

@@ -272,7 +272,7 @@ def test_a_line_that_a_kill_cut_off_is_computed_again(tmp_path: Path) -> None:
     log.fill([[0, 2], [1]], lambda batch: ([-1.5 - i for i in batch], [-0.1] * len(batch)))
     log.path.write_bytes(log.path.read_bytes()[:-4])
     again = ReferenceLog(tmp_path, "x")
-    again.fill([[0, 2], [1]], lambda batch: ([-1.5 - i for i in batch], [-0.1] * len(batch)))
+    again.fill(again.missing([[0, 2], [1]]), lambda batch: ([-1.5 - i for i in batch], [-0.1] * len(batch)))
     assert again.computed == 1 and again.values == {0: (-1.5, -0.1), 2: (-3.5, -0.1), 1: (-2.5, -0.1)}
     assert ReferenceLog(tmp_path, "x", rank=1).values == again.values
     assert [len(json.loads(line)) for line in again.path.read_text().splitlines()] == [2, 1]

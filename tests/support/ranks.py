@@ -1,0 +1,60 @@
+"""One of the processes that train together, on a tiny model: what tests/stages/test_distributed.py starts.
+
+    accelerate launch --config_file hardware/2cpu-zero3.yaml -m tests.support.ranks dpo FOLDER
+
+FOLDER gets steps/ and, when done, out/ with the checkpoint and losses.json. With a third word, a step: killed
+when it is logged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from models.distributed import first
+from models.pairs import PreferenceExample
+from models.preference import PreferenceLoss, train_preference
+from models.sft import train_sft
+from models.training import Budget
+from models.vlm import Conversation, save
+from tests.support.tiny_vlm import lessons, model, picture, processor
+
+BUDGET = Budget(epochs=2, batch_size=2, accumulate=2, learning_rate=1e-3, save_steps=2)
+PAIRS = [
+    PreferenceExample(
+        Conversation([f"picture {n}"], [(f"What is the sum of row {n % 3 + 1}?", "")]),
+        f"it is {n}",
+        f"it is {n + 1} or more",
+    )
+    for n in range(8)
+]
+
+
+def train(kind: str, folder: Path, kill_at: int | None = None) -> None:
+    """kind: sft; dpo, whose reference is the policy as it comes; or dpo_sft, with another one."""
+    made = processor()
+    policy, losses = model(made), []
+
+    def report(numbers: dict[str, float], step: int, steps: int) -> None:
+        losses.append([step, numbers["loss"]])
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kind == "sft":
+        numbers = train_sft(policy, made, lessons(), BUDGET, folder / "steps", 7, picture, report)
+    else:
+        reference = model(made, seed=1) if kind == "dpo_sft" else None
+        loss = PreferenceLoss()
+        numbers = train_preference(
+            policy, reference, made, PAIRS, loss, BUDGET, folder / "steps", 7, picture, report
+        )
+    if first():
+        save(policy, made, folder / "out")
+        (folder / "out/losses.json").write_text(json.dumps({"losses": losses, "numbers": numbers}))
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
