@@ -97,6 +97,8 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
             models = self.accelerator._models
             models[:] = [model for model in models if model is not self.ref_model]
             self.ref_model = None
+            if "ref" in getattr(self.model, "peft_config", {}):  # TRL's copy of an adapter as it came
+                self.model.delete_adapter("ref")
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             parts = inputs.get("parts") or [inputs]

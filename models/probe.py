@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.families import token_types
-from models.vlm import Conversation, Encoder, save
+from models.vlm import Conversation, Encoder, load, save
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,8 +61,11 @@ class Probe:
 
 def save_with_probe(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
     """models.vlm.save, and the probe taken of the model in memory: so that it also speaks for what was
-    written."""
+    written. Only of an adapter on a quantised model it is taken of what was written: a server has the base as
+    it is."""
     save(model, processor, folder)
+    if getattr(model, "is_loaded_in_4bit", False):
+        model, _ = load(folder)
     text = json.dumps(asdict(take(model, processor)), indent=1)
     (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")
 

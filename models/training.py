@@ -133,7 +133,7 @@ def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, flo
     guard.finish(model, trainer.state.global_step)
     whole(trainer)
     model.config.use_cache = True
-    for parameter in model.parameters():
+    for parameter in () if hasattr(model, "peft_config") else model.parameters():
         parameter.requires_grad_(True)
     if folder.exists() and first():
         drop(folder)  # half of a checkpoint would be taken for one

@@ -9,6 +9,7 @@ first user text: every chain and every sample of a question then shares the same
 
 from __future__ import annotations
 
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 IGNORE = -100
+ADAPTER_CONFIG = "adapter_config.json"
+"""What peft calls its settings, in a folder with an adapter."""
 KEPT_TEXTS = 1 << 15
 """Texts whose tokens an encoder remembers: the turns of a chain are met again with each of its steps."""
 KEPT_BYTES = 4 << 30
@@ -45,31 +48,52 @@ class Conversation:
 
 
 def load(
-    checkpoint: str | Path, dtype: str = "float32", revision: str | None = None
+    checkpoint: str | Path, dtype: str = "float32", revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model (eval mode) and processor of a checkpoint folder or a hub id at a
-    pinned revision; safetensors only.
+    """Model (eval mode) and processor of a checkpoint folder or a hub id at a pinned revision; safetensors
+    only. A folder with a LoRA adapter is loaded with the base that it names, merged. options: for
+    transformers' from_pretrained.
 
     Raises FamilyError for a model of no family that is known (models.families).
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor, logging
+    from transformers import AutoModelForImageTextToText, logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    model = AutoModelForImageTextToText.from_pretrained(
-        checkpoint, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
-    )
+    options |= {"revision": revision} if revision else {}
+    adapter = Path(checkpoint) / ADAPTER_CONFIG
+    if adapter.is_file():
+        from peft import PeftModel
+
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        model = PeftModel.from_pretrained(load(base, dtype, **options)[0], str(checkpoint)).merge_and_unload()
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+        )
+    of_model(model)
+    return model.eval(), load_processor(checkpoint, revision)
+
+
+def load_processor(checkpoint: str | Path, revision: str | None = None) -> ProcessorMixin:
+    """The processor of a checkpoint, in the form that the rest reads (Family.settle)."""
+    from transformers import AutoProcessor
+
+    options = {"revision": revision} if revision else {}
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, backend="pil", **options)
-    of_model(model).settle(processor)
-    return model.eval(), processor
+    of_processor(processor).settle(processor)
+    return processor
 
 
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
-    """An ordinary Hugging Face checkpoint with nothing in it that changes from run to run."""
+    """An ordinary Hugging Face checkpoint with nothing in it that changes from run to run; of a model with an
+    adapter, the adapter."""
     from transformers import logging
 
     logging.disable_progress_bar()
-    model.save_pretrained(folder, safe_serialization=True)
+    if hasattr(model, "peft_config"):
+        model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder, safe_serialization=True)
     processor.save_pretrained(folder)
     for volatile in ("training_args.bin", "README.md"):
         (Path(folder) / volatile).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from models.adapters import Lora
 from models.preference import PreferenceLoss, Sharing
 from models.training import Budget
 from tasks import launch, params, roles, rounds
@@ -26,11 +27,13 @@ class Params:
     reference: Literal["previous", "sft"] = "previous"
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
     sharing: Sharing = field(default_factory=Sharing)
+    lora: Lora | None = None
     budget: Budget = field(default_factory=lambda: Budget(epochs=1, learning_rate=5e-7, batch_size=64))
 
 
 def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, float]:
     """Publish checkpoint/ and return the run's numbers."""
+    from models.adapters import finished, load_for_training
     from models.agents import reason_prompt
     from models.pairs import PreferenceExample
     from models.preference import train_preference
@@ -45,7 +48,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
         )
         for row in read_jsonl(this.folder("score") / "pairs.jsonl")
     ]
-    model, processor = load(this.checkpoint)
+    model, processor = load_for_training(this.checkpoint, p.lora, seed)
     with training_report(stage, "dpo") as report:
         numbers = train_preference(
             model,
@@ -61,7 +64,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
             p.sharing,
         )
     if stage.first:
-        save_with_probe(model, processor, stage.out / "checkpoint")
+        save_with_probe(finished(model), processor, stage.out / "checkpoint")
     stage.generation(
         f"dpo_r{this.t}", stage.out / "checkpoint", round=this.t, parents=[this.parent], kind="reasoning"
     )

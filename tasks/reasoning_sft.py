@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.adapters import Lora
 from models.training import Budget
 from tasks import launch, params, roles
 from tasks.stage import StageRun, open_stage, settings
@@ -27,18 +28,20 @@ class Params:
 
     prompts: str = "full"
     general: float = 0.0
+    lora: Lora | None = None
     budget: Budget = field(default_factory=lambda: Budget(epochs=2, learning_rate=5e-6, batch_size=64))
 
 
 def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     """Publish checkpoint/ and return the run's numbers."""
+    from models.adapters import finished, load_for_training
     from models.agents import reason_prompt
     from models.images import data_and_instruct_images
     from models.mimicit import general_conversations
     from models.probe import save_with_probe
     from models.records import read_paths, read_questions
     from models.sft import train_sft
-    from models.vlm import Conversation, load
+    from models.vlm import Conversation
 
     questions = roles.by_id(read_questions(roles.RECORDS, split="train"))
     conversations = []
@@ -47,13 +50,13 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
         conversations.append(Conversation(asked.images, [(asked.turns[0][0], path.text)]))
     conversations += general_conversations(INSTRUCT, round(p.general * len(conversations)), seed)
     images = data_and_instruct_images(roles.DATA, INSTRUCT)
-    model, processor = load(BASE)
+    model, processor = load_for_training(BASE, p.lora, seed)
     with training_report(stage, "reasoning_sft") as report:
         numbers = train_sft(
             model, processor, conversations, p.budget, stage.scratch / "steps", seed, images, report
         )
     if stage.first:
-        save_with_probe(model, processor, stage.out / "checkpoint")
+        save_with_probe(finished(model), processor, stage.out / "checkpoint")
     stage.generation("reasoning_sft", stage.out / "checkpoint", round=0, parents=["base"], kind="reasoning")
     return numbers
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from models.adapters import Lora
 from models.training import Budget
 from tasks import launch, params, roles
 from tasks.stage import StageRun, open_stage, settings
@@ -29,6 +30,7 @@ class Params:
 
     prompts: str = "full"
     general: float = 0.5
+    lora: Lora | None = None
     budget: Budget = field(default_factory=lambda: Budget(epochs=1, learning_rate=1e-5, batch_size=16))
 
 
@@ -49,19 +51,19 @@ def conversations(p: Params, seed: int) -> list[Any]:
 
 def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     """Publish checkpoint/ and return the run's numbers."""
+    from models.adapters import finished, load_for_training
     from models.images import data_and_instruct_images
     from models.probe import save_with_probe
     from models.sft import train_sft
-    from models.vlm import load
 
-    model, processor = load(BASE)
+    model, processor = load_for_training(BASE, p.lora, seed)
     images = data_and_instruct_images(roles.DATA, INSTRUCT)
     with training_report(stage, "summary_sft") as report:
         numbers = train_sft(
             model, processor, conversations(p, seed), p.budget, stage.scratch / "steps", seed, images, report
         )
     if stage.first:
-        save_with_probe(model, processor, stage.out / "checkpoint")
+        save_with_probe(finished(model), processor, stage.out / "checkpoint")
     stage.generation("summary_sft", stage.out / "checkpoint", round=None, parents=["base"], kind="summary")
     return numbers
 
