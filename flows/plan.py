@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.checks import Finding
+from tasks.launch import Hardware
+from tasks.training_memory import ONE, fits, per_gpu
 
 QUESTION, STEP, STEPS, ANSWER = 300, 100, 5, 10
 """Tokens of a question with its prompt, of a step, of an answer; steps of a chain."""
@@ -27,8 +29,6 @@ GPU_FLOPS, GPU_GB = 989e12, 80
 """Of an H100: bfloat16 without sparsity."""
 TRAINING, READING, WRITING = 0.35, 0.40, 0.10
 """Share of the peak that training, reading a prompt and writing in a full batch reach."""
-TRAINED_BYTES, FROZEN_BYTES = 16, 4
-"""A parameter in float32: with its gradient and AdamW's two moments; frozen, or of the reference."""
 PINNED = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 
 
@@ -68,7 +68,7 @@ class Row:
     memory_gb: float | None = None
 
 
-def rows(p: Mapping[str, Any]) -> list[Row]:
+def rows(p: Mapping[str, Any], hardware: Hardware | None = None) -> list[Row]:
     """The costly stages in order. p: parsed sections of a profile with `foundation.hub`
     (tasks.params.validate)."""
     base = p["foundation"].hub.partition("@")[0]
@@ -85,19 +85,23 @@ def rows(p: Mapping[str, Any]) -> list[Row]:
         read = questions * _prompt(model) + chains * CHAIN
         return serving(stage, model, read, written)
 
+    def trained(stage: str, section: Any, tokens: float, reference: bool = False) -> Row:
+        epochs = section.budget.epochs
+        return training(stage, base, tokens * epochs, section.lora, hardware or ONE, reference)
+
     found = [
         asked("generate", "generator", g.questions, paths, paths * (CHAIN + ANSWER)),
         asked("assess", "answer_judge", paths, 0, paths),
         asked("assess", "path_judge", g.questions, paths, ANSWER * paths),
-        training("reasoning_sft", base, reasoning * (1 + first.general) * example * first.budget.epochs),
+        trained("reasoning_sft", first, reasoning * (1 + first.general) * example),
         asked("summary_data", "reasoner", own.questions, 0, own.questions * own.samples * CHAIN),
-        training("summary_sft", base, summary * (1 + second.general) * example * second.budget.epochs),
+        trained("summary_sft", second, summary * (1 + second.general) * example),
     ]
     for name in p["rounds"]:
         found += [
             asked(f"sample@{name}", "reasoner", s.questions, 0, sampled * CHAIN),
             asked(f"score@{name}", "path_judge", s.questions, sampled, ANSWER * sampled),
-            training(f"dpo@{name}", base, 2 * pairs * example * p["dpo"].budget.epochs, reference=True),
+            trained(f"dpo@{name}", p["dpo"], 2 * pairs * example, reference=True),
         ]
     return found
 
@@ -116,19 +120,27 @@ def serving(stage: str, model: str, read: float, written: float) -> Row:
     return Row(stage, model, read, written, gpu_hours=seconds / 3600, memory_gb=2 * size.parameters / 1e9)
 
 
-def training(stage: str, model: str, tokens: float, reference: bool = False) -> Row:
-    """6 FLOPs a trained parameter and token, 2 a frozen one; a reference reads all tokens once more."""
+def training(
+    stage: str,
+    model: str,
+    tokens: float,
+    lora: Any = None,
+    hardware: Hardware = ONE,
+    reference: bool = False,
+) -> Row:
+    """6 FLOPs a trained parameter and token, 4 one under adapters (its gradient is not computed), 2 a frozen
+    one; a reference reads all tokens once more, and is not in memory beside the rest."""
     size = SIZES.get(model)
     if size is None:
         return Row(stage, model, trained=tokens)
-    trained = size.parameters - size.vision
-    flops = 6 * trained + 2 * size.vision + 2 * size.parameters * reference
-    memory = TRAINED_BYTES * trained + FROZEN_BYTES * (size.vision + size.parameters * reference)
+    flops = (6 if lora is None else 4) * (size.parameters - size.vision) + 2 * size.vision
+    flops += 2 * size.parameters * reference
     hours = flops * tokens / TRAINING / GPU_FLOPS / 3600
+    memory = per_gpu(size.parameters, size.vision, lora, hardware)
     return Row(stage, model, trained=tokens, gpu_hours=hours, memory_gb=memory / 1e9)
 
 
-def problems(p: Mapping[str, Any], root: Path) -> Iterator[Finding]:
+def problems(p: Mapping[str, Any], root: Path, hardware: Hardware | None = None) -> Iterator[Finding]:
     """Everything that would stop a run of the profile, or make it other than it says."""
     hub = p["foundation"].hub
     if not PINNED.fullmatch(hub):
@@ -138,11 +150,13 @@ def problems(p: Mapping[str, Any], root: Path) -> Iterator[Finding]:
     yield from _family(base)
     for role in ("generator", "answer_judge", "path_judge", "reasoner", "summariser"):
         yield from _engine(role, getattr(p["engines"], role))
-    for row in rows(p):
+    for row in rows(p, hardware):
         again = "@" in row.stage and not row.stage.endswith("@r1")
         if row.trained and row.memory_gb and row.memory_gb > GPU_GB and not again:
             text = f"needs {row.memory_gb:.0f} GB for weights and optimizer, a GPU has {GPU_GB}"
-            yield Finding("problem", row.stage, text, "full training is one process: take a smaller model")
+            size, lora = SIZES[base], p[row.stage.partition("@")[0]].lora
+            ways = fits(size.parameters, size.vision, lora, GPU_GB * 1e9, root)
+            yield Finding("problem", row.stage, text, " or ".join(ways) or "take a smaller model")
     if not (root / "data/records.jsonl").is_file():
         yield Finding("problem", "data", "no records in data/", "longview data import FOLDER")
 
@@ -191,11 +205,11 @@ def _listens(url: str) -> bool:
         return False
 
 
-def lines(p: Mapping[str, Any]) -> Iterator[str]:
+def lines(p: Mapping[str, Any], hardware: Hardware | None = None) -> Iterator[str]:
     """The table and what it stands on."""
     yield f"{'stage':14} {'model':36} {'read':>8} {'written':>8} {'trained':>8} {'GPU-h':>8} {'GB':>6}"
     total = 0.0
-    for row in rows(p):
+    for row in rows(p, hardware):
         total += row.gpu_hours or 0.0
         tokens = " ".join(f"{_short(n):>8}" for n in (row.read, row.written, row.trained))
         hours = "?" if row.gpu_hours is None else f"{row.gpu_hours:,.1f}"
@@ -206,7 +220,8 @@ def lines(p: Mapping[str, Any]) -> Iterator[str]:
         f"chains of {STEPS} steps of {STEP} tokens, a photograph a question, {TRAINING:.0%} of the peak in"
         f" training, {READING:.0%} reading, {WRITING:.0%} writing."
     )
-    yield "GB: weights, gradients, AdamW and reference in training; weights alone where a model serves."
+    where = f"on {hardware.name}" if hardware else "on one GPU (--hardware)"
+    yield f"GB of a GPU: weights, gradients and AdamW in training, {where}; weights where a model serves."
 
 
 def _short(number: float) -> str:

@@ -43,11 +43,12 @@ class Lora:
 
 
 def load_for_training(
-    checkpoint: str | Path, lora: Lora | None, seed: int = 0
+    checkpoint: str | Path, lora: Lora | None, seed: int = 0, bf16: bool = False
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a checkpoint, all of it to train; or with a new adapter on it, or with the adapter that
     the checkpoint is. Raises TrainingError where that is another than `lora` says, or bitsandbytes is
-    missing. seed: of a new adapter's random factor."""
+    missing. seed: of a new adapter's random factor; bf16: what lies under an adapter, which does not train,
+    is loaded in 16 bits."""
     if lora is None:
         return load(checkpoint)
     if lora.projector and lora.quantized:
@@ -59,7 +60,8 @@ def load_for_training(
     if settings:
         _refuse_another(checkpoint, settings, lora)
     base = settings["base_model_name_or_path"] if settings else str(checkpoint)
-    model, _ = load(base, **_quantised(base) if lora.quantized else {})
+    dtype = "bfloat16" if bf16 else "float32"
+    model, _ = load(base, dtype, **_quantised(base) if lora.quantized else {})
     if settings:
         adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
     else:

@@ -48,7 +48,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
         )
         for row in read_jsonl(this.folder("score") / "pairs.jsonl")
     ]
-    model, processor = load_for_training(this.checkpoint, p.lora, seed)
+    model, processor = load_for_training(this.checkpoint, p.lora, seed, p.budget.bf16)
     with training_report(stage, "dpo") as report:
         numbers = train_preference(
             model,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 VARIABLE, STARTED = "LONGVIEW_HARDWARE", "LONGVIEW_LAUNCHED"
-FOLDER = Path("hardware")
+FOLDER, HERE = Path("hardware"), Path()
 NODE = {
     "MACHINE_RANK": "--machine_rank",
     "MAIN_PROCESS_IP": "--main_process_ip",
@@ -33,13 +33,14 @@ class HardwareError(ValueError):
 @dataclass(frozen=True)
 class Hardware:
     """processes: in all, one a GPU; machines: they run on; zero_stage: of DeepSpeed, 0 without; offload:
-    whether the optimizer's states lie in the machine's memory."""
+    whether the optimizer's states lie in the machine's memory; on_cpu: without GPUs."""
 
     file: Path
     processes: int = 1
     machines: int = 1
     zero_stage: int = 0
     offload: bool = False
+    on_cpu: bool = False
 
     @property
     def name(self) -> str:
@@ -52,24 +53,24 @@ class Hardware:
         return self.processes == 1 and not self.zero_stage
 
 
-def names() -> list[str]:
-    """Of the files there are."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+def names(root: Path = HERE) -> list[str]:
+    """Of the files there are. root: the checkout, in which stages run."""
+    return sorted(path.stem for path in (root / FOLDER).glob("*.yaml"))
 
 
-def read(name: str) -> Hardware:
+def read(name: str, root: Path = HERE) -> Hardware:
     """The hardware of a name or of a file in accelerate's form. Raises HardwareError."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not file.is_file():
+    if not (root / file).is_file():
         raise HardwareError(
-            f"{VARIABLE}: there is no {file}; there are {', '.join(names()) or 'none'}. "
+            f"{VARIABLE}: there is no {file}; there are {', '.join(names(root)) or 'none'}. "
             "hardware/README.md says how to write one"
         )
     from tasks import params
 
-    settings = params.read(file)
+    settings = params.read(root / file)
     deepspeed = settings.get("deepspeed_config") or {}
-    zero = _zero(file, deepspeed)
+    zero = _zero(root / file, deepspeed, root)
     offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     return Hardware(
         file,
@@ -77,17 +78,18 @@ def read(name: str) -> Hardware:
         int(settings.get("num_machines") or 1),
         int(zero.get("stage", 0)) if settings.get("distributed_type") == "DEEPSPEED" else 0,
         offload != "none",
+        bool(settings.get("use_cpu")),
     )
 
 
-def _zero(file: Path, deepspeed: dict[str, Any]) -> dict[str, Any]:
+def _zero(file: Path, deepspeed: dict[str, Any], root: Path) -> dict[str, Any]:
     """The settings of ZeRO, from the file of DeepSpeed that is named, or from accelerate's own."""
     named = deepspeed.get("deepspeed_config_file")
     if not named:
         device = deepspeed.get("offload_optimizer_device", "none")
         return {"stage": deepspeed.get("zero_stage", 0), "offload_optimizer": {"device": device}}
     try:
-        return dict(json.loads(Path(named).read_text(encoding="utf-8")).get("zero_optimization", {}))
+        return dict(json.loads((root / named).read_text(encoding="utf-8")).get("zero_optimization", {}))
     except (OSError, ValueError) as error:
         raise HardwareError(f"{file} names {named}, which cannot be read: {error}") from None
 
@@ -101,8 +103,7 @@ def check(hardware: Hardware) -> None:
     import torch
 
     here = hardware.processes // hardware.machines
-    on_cpu = (hardware.file.read_text(encoding="utf-8").find("use_cpu: true")) >= 0
-    if not on_cpu and torch.cuda.device_count() < here:
+    if not hardware.on_cpu and torch.cuda.device_count() < here:
         raise HardwareError(f"{hardware.file} wants {here} GPUs, and there are {torch.cuda.device_count()}")
 
 

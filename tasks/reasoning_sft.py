@@ -50,7 +50,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
         conversations.append(Conversation(asked.images, [(asked.turns[0][0], path.text)]))
     conversations += general_conversations(INSTRUCT, round(p.general * len(conversations)), seed)
     images = data_and_instruct_images(roles.DATA, INSTRUCT)
-    model, processor = load_for_training(BASE, p.lora, seed)
+    model, processor = load_for_training(BASE, p.lora, seed, p.budget.bf16)
     with training_report(stage, "reasoning_sft") as report:
         numbers = train_sft(
             model, processor, conversations, p.budget, stage.scratch / "steps", seed, images, report

@@ -56,7 +56,7 @@ def run(p: Params, seed: int, stage: StageRun) -> dict[str, float]:
     from models.probe import save_with_probe
     from models.sft import train_sft
 
-    model, processor = load_for_training(BASE, p.lora, seed)
+    model, processor = load_for_training(BASE, p.lora, seed, p.budget.bf16)
     images = data_and_instruct_images(roles.DATA, INSTRUCT)
     with training_report(stage, "summary_sft") as report:
         numbers = train_sft(

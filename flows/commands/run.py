@@ -54,11 +54,11 @@ def run(
 
         longview run --profile llava-next-8b --hardware 8gpu-zero3
     """
+    if dry_run:
+        _plan(profile, rounds, hardware)
+        return
     if hardware:
         _use(hardware)
-    if dry_run:
-        _plan(profile, rounds)
-        return
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     began = time.monotonic()
@@ -89,37 +89,40 @@ def run(
 
 def _use(hardware: str) -> None:
     """Say to the stages where to train; refuse now what they would refuse in an hour."""
+    from flows.environment import root
     from tasks import launch
 
     try:
-        launch.check(launch.read(hardware))
+        launch.check(launch.read(hardware, root()))
     except launch.HardwareError as error:
         _stop(error)
     os.environ[launch.VARIABLE] = hardware
 
 
-def _plan(profile: str | None, rounds: int | None) -> None:
+def _plan(profile: str | None, rounds: int | None, hardware: str | None) -> None:
     """Stages, models, estimates and every problem; nothing is written. Exit status 1 if something would stop
     the run."""
     from flows import pipeline, plan
     from flows import profile as profiles
     from flows.environment import root as find_root
+    from tasks import launch
     from tasks.params import ParamsError
 
     root = find_root()
     try:
         parsed = profiles.parse(root, profile, rounds)
+        trains_on = launch.read(hardware, root) if hardware else None
         names = [stage.name for stage in pipeline.stages(root)]
-    except (profiles.ProfileError, pipeline.PipelineError, ParamsError) as error:
+    except (profiles.ProfileError, pipeline.PipelineError, ParamsError, launch.HardwareError) as error:
         _stop(error)
     typer.echo(f"stages: {', '.join(name for name in names if '@r' not in name)}")
     typer.echo(f"each of {len(parsed['rounds'])} rounds: sample, score, dpo, evaluate\n")
     if parsed["foundation"].hub is None:
         typer.echo("the models are trained here, on this machine's CPU: no GPU is needed")
         return
-    for line in plan.lines(parsed):
+    for line in plan.lines(parsed, trains_on):
         typer.echo(line)
-    found = list(plan.problems(parsed, root))
+    found = list(plan.problems(parsed, root, trains_on))
     for finding in found:
         typer.echo(f"\n{finding.level}: {finding.subject}: {finding.text}\n    {finding.advice}", nl=False)
     typer.echo(f"\n\n{sum(f.level == 'problem' for f in found)} problems; nothing was run")

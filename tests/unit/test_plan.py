@@ -54,6 +54,23 @@ def test_estimates_are_flops_over_speed() -> None:
     assert plan.training("t", "own/model", 5).gpu_hours is None
 
 
+def test_memory_is_split_between_processes_and_saved_by_adapters() -> None:
+    """Sixteen bytes a parameter in one process; what ZeRO splits; two bytes, or half a one, under adapters."""
+    from models.adapters import Lora
+    from tasks.launch import read
+    from tasks.training_memory import fits, per_gpu
+
+    zero3, zero2 = read("8gpu-zero3", REPOSITORY), read("8gpu-zero2", REPOSITORY)
+    assert per_gpu(8e9, 0, None) == 16 * 8e9
+    assert per_gpu(8e9, 0, None, zero3) == 16 * 8e9 / 8
+    assert per_gpu(8e9, 0, None, zero2) == (2 + 14 / 8) * 8e9
+    assert per_gpu(8e9, 0, Lora(rank=64)) == pytest.approx(8e9 * (2 + 16 * 0.02))
+    assert per_gpu(8e9, 0, Lora(rank=64, quantized=True)) == pytest.approx(8e9 * (0.52 + 16 * 0.02))
+    ways = list(fits(8e9, 0, None, 20e9, REPOSITORY))
+    assert "--hardware 8gpu-zero3" in ways and "--hardware 8gpu-zero2" not in ways
+    assert ways[-2:] == ["lora: {rank: 64} on one GPU", "lora: {rank: 64, quantized: true} on one GPU"]
+
+
 def test_every_problem_is_found_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PYTHON", raising=False)
     monkeypatch.setattr(plan, "_listens", lambda url: False)
