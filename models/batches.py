@@ -5,11 +5,57 @@ trainer = bucketed(SFTTrainer, tokens_per_row)(...)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from models.vlm import IGNORE
+
+Row = dict[str, Any]
+Collate = Callable[[list[Row]], dict[str, Any]]
+Size = TypeVar("Size")
 
 POOLED_BATCHES = 50
 """Batches' worth of random rows among which rows of like length are brought together."""
+
+
+def in_parts(
+    sizes: Sequence[Size], tokens_of: Callable[[Sequence[Size]], int], rows: int, tokens: int
+) -> list[list[int]]:
+    """Indices of rows, the longest first, in parts of at most so many rows and at most so many tokens,
+    padding counted. tokens_of: of a part; tokens: 0 for no limit. A row above it is a part of its own."""
+    parts: list[list[int]] = []
+    for index in sorted(range(len(sizes)), key=lambda index: -tokens_of([sizes[index]])):
+        part = [*parts[-1], index] if parts else []
+        padded = tokens_of([sizes[i] for i in part]) if part else 0
+        if part and len(part) <= rows and (not tokens or padded <= tokens):
+            parts[-1] = part
+        else:
+            parts.append([index])
+    return parts
+
+
+class PartedCollator:
+    """A batch as {"parts": batches of at most so many tokens}, each made by `collate`. size: of a row, for
+    `tokens_of`."""
+
+    def __init__(
+        self,
+        collate: Collate,
+        size: Callable[[Row], Size],
+        tokens_of: Callable[[Sequence[Size]], int],
+        tokens: int,
+    ) -> None:
+        self.collate, self.size, self.tokens_of, self.tokens = collate, size, tokens_of, tokens
+
+    def __call__(self, rows: list[Row]) -> dict[str, Any]:
+        """{"parts": [batches]}."""
+        parts = in_parts([self.size(row) for row in rows], self.tokens_of, len(rows), self.tokens)
+        return {"parts": [self.collate([rows[index] for index in part]) for part in parts]}
+
+
+def padded_tokens(lengths: Sequence[int]) -> int:
+    """Of a batch of rows of these lengths."""
+    return len(lengths) * max(lengths)
 
 
 class LengthBuckets:
@@ -71,3 +117,20 @@ def bucketed(trainer: type, tokens_per_row: float | None = None) -> type:
             return LengthBuckets(rows["length"], size, self.args.data_seed)
 
     return Bucketed
+
+
+def parted(trainer: type) -> type:
+    """The trainer class for the batches of a `PartedCollator`: a step's parts are run one after another, and
+    the loss is that of the batch as a whole, a mean over its tokens with a label."""
+
+    class Parted(trainer):
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches, _ = super().get_batch_samples(*args, **kwargs)
+            parts = [part for batch in batches for part in batch["parts"]]
+            return batches, sum((part["labels"][:, 1:] != IGNORE).sum() for part in parts)
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
+            run = super().training_step
+            return sum(run(model, part, num_items_in_batch) for part in inputs["parts"])
+
+    return Parted

@@ -10,12 +10,15 @@ uninterrupted one.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from models.forwards import Forward, backbone, replaced
+from models.vlm import Encoder, stack_pixels
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +27,30 @@ if TYPE_CHECKING:
 TOWERS = ("vision_model", "vision_tower")
 """What families call a tower that takes an image, or each tile of it, as a row [3, height, width]."""
 Features = tuple["torch.Tensor", ...]
+
+
+def numbered_images(encoder: Encoder, pictures: Sequence[Sequence[str]]) -> dict[str, torch.Tensor]:
+    """The image tensors of a batch, and `image_ids`, a number for every image, or every tile of one.
+    pictures: by row."""
+    import torch
+
+    tensors = stack_pixels(encoder, pictures)
+    tiles = [number(*key) for names in pictures if names for key in _tiles(encoder, names)]
+    return {**tensors, "image_ids": torch.tensor(tiles)} if tiles else tensors
+
+
+def _tiles(encoder: Encoder, pictures: Sequence[str]) -> list[tuple[str, int]]:
+    """Pictures and place among their rows [3, height, width]; nothing where a family cuts them into
+    patches."""
+    pixels = encoder.pixels(pictures)["pixel_values"]
+    count = {5: pixels.shape[1], 4: pixels.shape[0]}.get(pixels.ndim, 0)
+    return [("\n".join(pictures), place) for place in range(count)]
+
+
+@lru_cache(maxsize=1 << 16)
+def number(pictures: str, place: int) -> int:
+    """A number that the name alone decides, the same in every batch and process; 56 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{place} {pictures}".encode(), digest_size=7).digest())
 
 
 class FeatureCache:

@@ -6,14 +6,13 @@ batch = SharedCollator(encoder)(rows[:8])
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from models.families import token_types
-from models.vlm import Conversation, Encoder, pad, stack_pixels
+from models.frozen_vision import numbered_images
+from models.vlm import Conversation, Encoder, pad
 
 if TYPE_CHECKING:
     import torch
@@ -81,30 +80,9 @@ class PreferenceCollator:
             "attention_mask": pad([[1] * len(row) for row in ids], 0, left=False),
             "completion_mask": pad(masks, 0, left=False),
             **token_types(self.encoder.processor, input_ids),
-            **self._images([row["pictures"] for row in rows] * 2),
+            **numbered_images(self.encoder, [row["pictures"] for row in rows] * 2),
             **_reference(rows),
         }
-
-    def _images(self, pictures: list[list[str]]) -> dict[str, torch.Tensor]:
-        """The image tensors, and `image_ids`, a number for every image, or every tile of one."""
-        import torch
-
-        tensors = stack_pixels(self.encoder, pictures)
-        tiles = [number(*key) for names in pictures if names for key in self._tiles(names)]
-        return {**tensors, "image_ids": torch.tensor(tiles)} if tiles else tensors
-
-    def _tiles(self, pictures: list[str]) -> list[tuple[str, int]]:
-        """Pictures and place among their rows [3, height, width]; nothing where a family cuts them into
-        patches."""
-        pixels = self.encoder.pixels(pictures)["pixel_values"]
-        count = {5: pixels.shape[1], 4: pixels.shape[0]}.get(pixels.ndim, 0)
-        return [("\n".join(pictures), place) for place in range(count)]
-
-
-@lru_cache(maxsize=1 << 16)
-def number(pictures: str, place: int) -> int:
-    """A number that the name alone decides, the same in every batch and process; 56 bits."""
-    return int.from_bytes(hashlib.blake2b(f"{place} {pictures}".encode(), digest_size=7).digest())
 
 
 class SharedCollator(PreferenceCollator):
@@ -129,7 +107,7 @@ class SharedCollator(PreferenceCollator):
             "attention_mask": torch.cat([read, *trained.chunk(2)], dim=1),
             "input_ids": torch.cat([before, said], dim=1),
             "completion_mask": torch.cat([torch.zeros_like(before), trained], dim=1),
-            **self._images([row["pictures"] for row in rows]),
+            **numbered_images(self.encoder, [row["pictures"] for row in rows]),
             **_reference(rows),
         }
 

@@ -11,19 +11,18 @@ import logging
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.batches import bucketed
-from models.distributed import processes, zero_stage
+from models.batches import PartedCollator, bucketed
 from models.frozen_vision import frozen_vision
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
 from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs
-from models.preference_trainer import PartedCollator, companion
+from models.preference_trainer import companion, pair_size, shared_tokens
 from models.shared_prompt import difference, obstacle, shared_prompt
-from models.training import Budget, arguments, freeze_vision, optimizer, run_trainer
+from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
 from models.vlm import Encoder
 
 if TYPE_CHECKING:
@@ -43,21 +42,6 @@ class PreferenceLoss:
     beta: float = 0.1
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """What is computed once instead of several times.
-
-    prompt: one forward pass over a prompt and both completions, where the model can (models.shared_prompt).
-    vision_cache_mb: features of a frozen vision tower that are kept (models.frozen_vision).
-    batch_tokens: most tokens in one forward pass; a larger batch is run in parts, for the same step, where
-    the NLL is a mean over the tokens of a part. 0: no limit.
-    """
-
-    prompt: bool = True
-    vision_cache_mb: int = 512
-    batch_tokens: int = 0
-
-
 def train_preference(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
@@ -69,17 +53,19 @@ def train_preference(
     seed: int,
     images: ImageSource | str | Path | Encoder = "data",
     report: Report | None = None,
-    sharing: Sharing | None = None,
+    share_prompts: bool = True,
 ) -> dict[str, float]:
     """Train `model` in place against the frozen `reference`; returns numbers of the run.
 
     reference: None for the model as it is given, which needs no second copy of it. It runs before the first
-    step, and is not kept after that. images: as `Encoder` takes them, or an encoder of the same processor.
+    step, and is not kept after that. share_prompts: one forward pass over a prompt and both completions,
+    where the model can (models.shared_prompt). images: as `Encoder` takes them, or an encoder of the same
+    processor.
 
     Raises TrainingError where there are no pairs, and for a run that trained nothing.
     """
     encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
-    sharing = _possible(sharing or Sharing())
+    budget = possible(budget)
     rows, too_long = encode_pairs(encoder, pairs, budget.max_tokens)
     if not rows:
         raise TrainingError(
@@ -91,16 +77,16 @@ def train_preference(
     model.config.use_cache = False
     guard = Guard(model)
     with ExitStack() as stack:
-        stack.enter_context(frozen_vision(model, sharing.vision_cache_mb << 20))
-        shared = sharing.prompt and _shares(stack, model, encoder, rows)
+        stack.enter_context(frozen_vision(model, budget.vision_cache_mb << 20))
+        shared = share_prompts and _shares(stack, model, encoder, rows)
         with ExitStack() as once:
             if reference is not None:
                 once.enter_context(
-                    frozen_vision(reference.requires_grad_(False), sharing.vision_cache_mb << 20)
+                    frozen_vision(reference.requires_grad_(False), budget.vision_cache_mb << 20)
                 )
                 if shared:
                     once.enter_context(shared_prompt(reference))
-            trainer = _trainer(model, reference, encoder, rows, loss, budget, folder, seed, sharing, shared)
+            trainer = _trainer(model, reference, encoder, rows, loss, budget, folder, seed, shared)
         del reference
         trainer.add_callback(callback(guard, report))
         numbers = run_trainer(trainer, guard, folder)
@@ -109,15 +95,6 @@ def train_preference(
     )
     counts = {"pairs": len(rows), "too_long": too_long, "shared_prompt": int(shared)}
     return numbers | counts | {name: last[key] for name, key in _LAST.items() if key in last}
-
-
-def _possible(sharing: Sharing) -> Sharing:
-    """What several processes can share. All make the same forward passes where ZeRO-3 gathers weights for
-    each, and the same backward passes: none may leave out an image that it has met, or have more parts."""
-    if processes() > 1 and sharing.batch_tokens:
-        logging.getLogger(__name__).warning("sharing.batch_tokens is for one process: set aside")
-        sharing = replace(sharing, batch_tokens=0)
-    return replace(sharing, vision_cache_mb=0) if zero_stage() == 3 else sharing
 
 
 def _shares(
@@ -169,7 +146,6 @@ def _trainer(
     budget: Budget,
     folder: str | Path,
     seed: int,
-    sharing: Sharing,
     shared: bool,
 ) -> Any:
     """The trainer; when it is made the reference has run."""
@@ -177,7 +153,7 @@ def _trainer(
     from trl import DPOConfig, DPOTrainer
 
     collate = (SharedCollator if shared else PreferenceCollator)(encoder)
-    tokens = sharing.batch_tokens
+    tokens = budget.batch_tokens
     return companion(bucketed(DPOTrainer), collate, folder, tokens)(
         model=model,
         ref_model=reference,
@@ -190,7 +166,7 @@ def _trainer(
         ),
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=encoder.processor,
-        data_collator=PartedCollator(collate, tokens) if tokens else collate,
+        data_collator=PartedCollator(collate, pair_size, shared_tokens, tokens) if tokens else collate,
         optimizers=(optimizer(model, budget), None),
     )
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.batches import in_parts
 from models.distributed import rank, share
 from models.reference import ReferenceLog, digest
 
@@ -21,31 +22,15 @@ Row = dict[str, Any]
 Collate = Callable[[list[Row]], dict[str, Any]]
 
 
-def in_parts(pairs: Sequence[Row], rows: int, tokens: int) -> list[list[int]]:
-    """Indices of pairs, the longest first, in parts of at most so many rows and at most so many tokens when
-    prompts are shared, padding counted. tokens: 0 for no limit. A pair above it is a part of its own."""
-    sizes = [(len(pair["prompt"]), max(len(pair["chosen"]), len(pair["rejected"]))) for pair in pairs]
-    parts: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index][0] - 2 * sizes[index][1]):
-        part = [*parts[-1], index] if parts else []
-        prompt, completion = (max((sizes[i][side] for i in part), default=0) for side in (0, 1))
-        padded = len(part) * (prompt + 2 * completion)
-        if part and len(part) <= rows and (not tokens or padded <= tokens):
-            parts[-1] = part
-        else:
-            parts.append([index])
-    return parts
+def pair_size(row: Row) -> tuple[int, int]:
+    """Tokens of a pair's prompt, and of its longer completion."""
+    return len(row["prompt"]), max(len(row["chosen"]), len(row["rejected"]))
 
 
-class PartedCollator:
-    """A batch as {"parts": batches of at most so many tokens}, for the trainer below."""
-
-    def __init__(self, collate: Collate, tokens: int) -> None:
-        self.collate, self.tokens = collate, tokens
-
-    def __call__(self, rows: list[Row]) -> dict[str, Any]:
-        parts = in_parts(rows, len(rows), self.tokens)
-        return {"parts": [self.collate([rows[index] for index in part]) for part in parts]}
+def shared_tokens(sizes: Sequence[tuple[int, int]]) -> int:
+    """Of a batch of pairs whose prompts are shared, padding counted."""
+    prompt, completion = (max(size[side] for size in sizes) for side in (0, 1))
+    return len(sizes) * (prompt + 2 * completion)
 
 
 def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens: int = 0) -> type:
@@ -63,7 +48,9 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
             rows = dataset.to_list()
             key = digest(self._precompute_model_hash, rows, self.processing_class)
             log = ReferenceLog(folder, key, rank())
-            missing = log.missing(in_parts(rows, batch_size, batch_tokens))
+            missing = log.missing(
+                in_parts([pair_size(row) for row in rows], shared_tokens, batch_size, batch_tokens)
+            )
             self.accelerator.wait_for_everyone()  # before any writes, so that all have found the same missing
             if missing:
                 model = self._reference()

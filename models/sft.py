@@ -7,15 +7,17 @@ report = train_sft(model, processor, conversations, Budget(epochs=2), folder=".w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.batches import bucketed
+from models.batches import PartedCollator, bucketed, padded_tokens, parted
 from models.families import token_types
+from models.frozen_vision import frozen_vision, numbered_images
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
-from models.training import Budget, arguments, freeze_vision, optimizer, run_trainer
-from models.vlm import IGNORE, Conversation, Encoder, pad, stack_pixels
+from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
+from models.vlm import IGNORE, Conversation, Encoder, pad
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +64,13 @@ class SftCollator:
             "attention_mask": torch.ones_like(input_ids),
             "labels": pad([row["labels"] for row in rows], IGNORE, left=False),
             **token_types(self.encoder.processor, input_ids),
-            **stack_pixels(self.encoder, [row["images"] for row in rows]),
+            **numbered_images(self.encoder, [row["images"] for row in rows]),
         }
+
+
+def row_length(row: dict[str, Any]) -> int:
+    """Tokens of a row."""
+    return int(row["length"])
 
 
 def train_sft(
@@ -85,6 +92,7 @@ def train_sft(
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    budget = possible(budget)
     encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
     rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
     if not rows:
@@ -96,16 +104,27 @@ def train_sft(
         freeze_vision(model)
     model.config.use_cache = False
     guard = Guard(model)
-    tokens = sum(label != IGNORE for row in rows for label in row["labels"])
-    trainer = bucketed(SFTTrainer, tokens / len(rows))(
-        model=model,
-        args=SFTConfig(
-            **arguments(budget, Path(folder), seed, len(rows)), dataset_kwargs={"skip_prepare_dataset": True}
-        ),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
-        data_collator=SftCollator(encoder),
-        callbacks=[callback(guard, report)],
-        optimizers=(optimizer(model, budget), None),
-    )
-    return run_trainer(trainer, guard, folder) | {"examples": len(rows), "too_long": too_long}
+    collate: Any = SftCollator(encoder)
+    if budget.batch_tokens:  # the rows of a step are collated at once
+        step = replace(budget, batch_size=budget.batch_size * budget.accumulate, accumulate=1)
+        collate = PartedCollator(collate, row_length, padded_tokens, budget.batch_tokens)
+        kind = parted(SFTTrainer)
+    else:
+        step = budget
+        tokens = sum(label != IGNORE for row in rows for label in row["labels"])
+        kind = bucketed(SFTTrainer, tokens / len(rows))
+    with frozen_vision(model, budget.vision_cache_mb << 20):
+        trainer = kind(
+            model=model,
+            args=SFTConfig(
+                **arguments(step, Path(folder), seed, len(rows)),
+                dataset_kwargs={"skip_prepare_dataset": True},
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processor,
+            data_collator=collate,
+            callbacks=[callback(guard, report)],
+            optimizers=(optimizer(model, budget), None),
+        )
+        numbers = run_trainer(trainer, guard, folder)
+    return numbers | {"examples": len(rows), "too_long": too_long}

@@ -8,13 +8,14 @@ so that a killed run goes on from its last checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.distributed import first, processes, whole
+from models.distributed import first, processes, whole, zero_stage
 from models.families import FamilyError, of_model
 from models.folders import drop
 from models.guard import Guard, TrainingError
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
 class Budget:
     """How long and how hard to train. A step takes batch_size × accumulate rows, whatever the number of
     processes: they divide them. Rates are peaks; `schedule` is transformers' name; `optimizer` muon is for
-    models trained from scratch (models.muon)."""
+    models trained from scratch (models.muon).
+
+    batch_tokens: most tokens in one forward pass, padding counted. The rows of a step are then random, as TRL
+    draws them, and run in parts of like length; in preference training a batch is, where the NLL is a mean
+    over the tokens of a part. 0: batches of like length, as many rows in each (models.batches).
+    vision_cache_mb: features of a frozen vision tower that are kept (models.frozen_vision).
+    """
 
     epochs: float = 1.0
     max_steps: int = -1
@@ -40,6 +47,8 @@ class Budget:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_tokens: int = 12288
+    batch_tokens: int = 0
+    vision_cache_mb: int = 512
     save_steps: int = 200
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -57,6 +66,15 @@ def divided(budget: Budget, count: int) -> Budget:
         f"{count} processes cannot share the {budget.batch_size} × {budget.accumulate} rows of a step: make "
         f"`accumulate` or `batch_size` of the budget a multiple of {count}"
     )
+
+
+def possible(budget: Budget) -> Budget:
+    """What several processes can do of it. All make the same forward passes where ZeRO-3 gathers weights for
+    each, and the same backward passes: none may leave out an image that it has met, or have more parts."""
+    if processes() > 1 and budget.batch_tokens:
+        logging.getLogger(__name__).warning("batch_tokens of the budget is for one process: set aside")
+        budget = replace(budget, batch_tokens=0)
+    return replace(budget, vision_cache_mb=0) if zero_stage() == 3 else budget
 
 
 def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[str, Any]:

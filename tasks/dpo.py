@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models.adapters import Lora
-from models.preference import PreferenceLoss, Sharing
+from models.preference import PreferenceLoss
 from models.training import Budget
 from tasks import launch, params, roles, rounds
 from tasks.stage import StageRun, open_stage, settings
@@ -20,13 +20,13 @@ SIDES = ("chosen", "rejected", "prefix", "chosen_goes_on", "rejected_goes_on")
 
 @dataclass(frozen=True)
 class Params:
-    """reference: the policy of this round (`previous`) or the reasoning agent (`sft`). sharing: what is
-    computed once instead of several times. Published: 1 epoch, rate 5e-7."""
+    """reference: the policy of this round (`previous`) or the reasoning agent (`sft`). share_prompts: one
+    forward pass over a prompt and both completions. Published: 1 epoch, rate 5e-7."""
 
     prompts: str = "full"
     reference: Literal["previous", "sft"] = "previous"
     loss: PreferenceLoss = field(default_factory=PreferenceLoss)
-    sharing: Sharing = field(default_factory=Sharing)
+    share_prompts: bool = True
     lora: Lora | None = None
     budget: Budget = field(default_factory=lambda: Budget(epochs=1, learning_rate=5e-7, batch_size=64))
 
@@ -61,7 +61,7 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
             seed,
             roles.DATA,
             report,
-            p.sharing,
+            p.share_prompts,
         )
     if stage.first:
         save_with_probe(finished(model), processor, stage.out / "checkpoint")

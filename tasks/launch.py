@@ -121,6 +121,7 @@ def spread() -> None:
     except HardwareError as error:
         sys.exit(str(error))
     os.environ[STARTED] = "1"
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # a line for every collective
     os.execv(sys.executable, [sys.executable, *command(hardware)])
 
 

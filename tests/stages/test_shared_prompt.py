@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from models.batches import bucketed
-from models.frozen_vision import FeatureCache, frozen_vision
+from models.batches import bucketed, in_parts, padded_tokens
+from models.frozen_vision import FeatureCache, frozen_vision, number
 from models.guard import Guard, callback
-from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs, number
-from models.preference import PreferenceLoss, Sharing, train_preference
-from models.preference_trainer import in_parts
+from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs
+from models.preference import PreferenceLoss, train_preference
+from models.preference_trainer import pair_size, shared_tokens
 from models.reference import ReferenceLog, digest
 from models.shared_prompt import difference, obstacle, positions, shared_prompt
 from models.training import Budget, arguments, freeze_vision, run_trainer
@@ -82,11 +82,10 @@ def plain_trl(model: Any, reference: Any, processor: Any, loss: PreferenceLoss, 
 
 @pytest.fixture
 def train(tiny_model: Any, tiny_processor: Any, tmp_path: Path) -> Any:
-    """train(loss, sharing, budget, reference, folder): the losses of our run, and its numbers."""
+    """train(loss, budget, reference, folder): the losses of our run, and its numbers."""
 
     def run(
         loss: PreferenceLoss | None = None,
-        sharing: Sharing | None = None,
         budget: Budget = BUDGET,
         reference: Any = None,
         folder: str = "ours",
@@ -111,7 +110,6 @@ def train(tiny_model: Any, tiny_processor: Any, tmp_path: Path) -> Any:
             7,
             picture,
             report,
-            sharing,
         )
         return losses, numbers
 
@@ -323,19 +321,21 @@ def test_the_least_recently_used_features_go_first() -> None:
 
 def test_a_batch_in_parts_is_the_same_step(train: Any) -> None:
     whole, _ = train(LOSSES["dpo"], folder="whole")
-    parts, _ = train(LOSSES["dpo"], Sharing(batch_tokens=120), folder="parts")
+    parts, _ = train(LOSSES["dpo"], budget=replace(BUDGET, batch_tokens=120), folder="parts")
     assert parts == pytest.approx(whole, abs=1e-4)
 
 
 def test_parts_hold_no_more_tokens_than_allowed_and_every_row_once() -> None:
     sizes = [(30, 10), (4, 3), (200, 50), (20, 10), (10, 5), (15, 15)]
     pairs = [{"prompt": [0] * p, "chosen": [0] * c, "rejected": [0] * (c - 1)} for p, c in sizes]
-    assert in_parts(pairs, rows=3, tokens=120) == [[2], [0, 5], [3, 4, 1]]
-    assert in_parts(pairs, rows=2, tokens=0) == [[2, 0], [5, 3], [4, 1]]
+    assert [pair_size(pair) for pair in pairs] == sizes
+    assert in_parts(sizes, shared_tokens, rows=3, tokens=120) == [[2], [0, 5], [3, 4, 1]]
+    assert in_parts(sizes, shared_tokens, rows=2, tokens=0) == [[2, 0], [5, 3], [4, 1]]
+    assert in_parts([5, 9, 4], padded_tokens, rows=9, tokens=10) == [[1], [0, 2]]
 
 
 def test_the_cache_of_features_changes_no_number(train: Any) -> None:
     some = replace(BUDGET, max_steps=4)
     assert train(budget=some, folder="kept")[0] == pytest.approx(
-        train(sharing=Sharing(vision_cache_mb=0), budget=some, folder="not kept")[0], abs=1e-5
+        train(budget=replace(some, vision_cache_mb=0), folder="not kept")[0], abs=1e-5
     )

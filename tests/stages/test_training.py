@@ -16,7 +16,7 @@ from models.muon import ITERATIONS, NEWTON_SCHULZ, orthogonalised
 from models.pairs import PreferenceCollator, PreferenceExample, encode_pairs
 from models.preference import PreferenceLoss, train_preference
 from models.sft import SftCollator, encode_rows, train_sft
-from models.training import Budget, arguments
+from models.training import Budget, arguments, freeze_vision
 from models.vlm import Conversation, Encoder
 from tests.support.tiny_vlm import lessons, picture
 
@@ -297,6 +297,51 @@ def test_a_checkpoint_cut_off_by_a_kill_is_passed_over(sft: Any, tmp_path: Path)
 def test_the_loss_falls_on_what_it_learns_by_heart(sft: Any) -> None:
     _, numbers = sft(replace(BUDGET, max_steps=30, learning_rate=5e-3), lessons(4, 1))
     assert numbers["last_loss"] < 0.5 * numbers["first_loss"]
+
+
+def plain_sft(model: Any, processor: Any, budget: Budget, folder: Path) -> list[float]:
+    """Losses of TRL's own trainer on rows that are padded, in its own order."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    encoder = Encoder(processor, picture)
+    rows, _ = encode_rows(encoder, lessons(), budget.max_tokens)
+    freeze_vision(model)
+
+    def collate(some: list[dict[str, Any]]) -> dict[str, Any]:
+        return {name: value for name, value in SftCollator(encoder)(some).items() if name != "image_ids"}
+
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **arguments(budget, folder, 7, len(rows)), dataset_kwargs={"skip_prepare_dataset": True}
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        data_collator=collate,
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_steps_in_parts_have_the_losses_of_plain_trl(
+    sft: Any, tiny_model: Any, tiny_processor: Any, tmp_path: Path
+) -> None:
+    """The same rows a step in the same order, four at a time there, in parts of at most 90 tokens here."""
+    budget, losses = replace(BUDGET, batch_size=2, accumulate=2, epochs=4), []
+    theirs = plain_sft(tiny_model(), tiny_processor, budget, tmp_path / "plain")
+    _, numbers = sft(replace(budget, batch_tokens=90), report=lambda n, step, steps: losses.append(n["loss"]))
+    assert numbers["steps"] == len(theirs) == len(losses) == 12
+    assert losses == pytest.approx(theirs, abs=1e-5) and losses[0] - losses[-1] > 1e-2
+
+
+def test_a_killed_run_in_parts_ends_with_the_same_bits(sft: Any) -> None:
+    budget = replace(BUDGET, batch_size=2, accumulate=2, batch_tokens=90)
+    whole, numbers = sft(budget, folder="whole")
+    with pytest.raises(Killed):
+        sft(budget, folder="killed", report=kill_at(3))
+    resumed, again = sft(budget, folder="killed")
+    assert same(whole, resumed) and numbers == again
 
 
 @pytest.mark.parametrize("loss", [PreferenceLoss(), PreferenceLoss(["sigmoid"], [1.0])], ids=["mpo", "dpo"])

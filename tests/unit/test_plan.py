@@ -55,7 +55,7 @@ def test_estimates_are_flops_over_speed() -> None:
 
 
 def test_memory_is_split_between_processes_and_saved_by_adapters() -> None:
-    """Sixteen bytes a parameter in one process; what ZeRO splits; two bytes, or half a one, under adapters."""
+    """Sixteen bytes a parameter in one process; what ZeRO splits; two, or half a one, under adapters."""
     from models.adapters import Lora
     from tasks.launch import read
     from tasks.training_memory import fits, per_gpu
