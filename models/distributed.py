@@ -59,6 +59,13 @@ def share(items: Sequence[T]) -> list[T]:
     return [items[(rank() + n * processes()) % len(items)] for n in range(count)]
 
 
+def form() -> str:
+    """Of a checkpoint to resume from: it holds a part for each process, which other processes, or another
+    stage of ZeRO, cannot take up. Empty for one process alone."""
+    alone = processes() == 1 and not zero_stage()
+    return "" if alone else f"{processes()}-zero{zero_stage()}"
+
+
 @contextmanager
 def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
     """The whole parameter, wherever its parts lie. All processes must ask for it."""

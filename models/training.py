@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.distributed import first, processes, whole, zero_stage
+from models.distributed import first, form, processes, whole, zero_stage
 from models.families import FamilyError, of_model
 from models.folders import drop
 from models.guard import Guard, TrainingError
@@ -84,7 +84,7 @@ def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[st
     steps = budget.max_steps if budget.max_steps > 0 else math.ceil(examples * budget.epochs / rows)
     log_every = max(1, steps // 50)
     return {
-        "output_dir": str(folder),
+        "output_dir": str(folder / form()),
         "num_train_epochs": budget.epochs,
         "max_steps": budget.max_steps,
         "per_device_train_batch_size": budget.batch_size,
@@ -137,7 +137,8 @@ def optimizer(model: PreTrainedModel, budget: Budget) -> torch.optim.Optimizer |
 
 
 def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, float]:
-    """Train, from the last checkpoint in `folder` if there is one, under the guard; then tidy up."""
+    """Train, from the last checkpoint of these processes in `folder` if there is one, under the guard; then
+    tidy up."""
     from transformers import ProgressCallback
 
     trainer.remove_callback(ProgressCallback)
@@ -145,7 +146,7 @@ def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, flo
 
     trainer.remove_callback(PrinterCallback)
     folder = Path(folder)
-    last = last_checkpoint(folder)
+    last = last_checkpoint(folder / form())
     outcome = trainer.train(resume_from_checkpoint=str(last) if last else None)
     model = trainer.accelerator.unwrap_model(trainer.model)
     guard.finish(model, trainer.state.global_step)
@@ -153,6 +154,7 @@ def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, flo
     model.config.use_cache = True
     for parameter in () if hasattr(model, "peft_config") else model.parameters():
         parameter.requires_grad_(True)
+    trainer.accelerator.wait_for_everyone()  # some may still write theirs of the last checkpoint
     if folder.exists() and first():
         drop(folder)  # half of a checkpoint would be taken for one
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -165,15 +167,20 @@ def run_trainer(trainer: Any, guard: Guard, folder: str | Path) -> dict[str, flo
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a trainer's folder; those that a kill cut off are removed.
-
-    The trainer writes trainer_state.json last.
-    """
+    """The newest whole checkpoint in a trainer's folder; those that a kill cut off are removed."""
     whole = []
     for path in folder.glob("checkpoint-*"):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        if _is_whole(path):
             whole.append(path)
-        except (OSError, ValueError):
+        else:
             shutil.rmtree(path, ignore_errors=True)  # another process may be at it, too
     return max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether it has what the first process writes last, and what every process does."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return len(list(checkpoint.glob("rng_state*.pth"))) == processes()

@@ -9,9 +9,12 @@ What is trained does not hang on it: a step has the same rows whatever the numbe
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ NODE = {
     "MAIN_PROCESS_PORT": "--main_process_port",
 }
 """What differs between the machines of one run, by environment variable."""
+PR_SET_PDEATHSIG = 1
 
 
 class HardwareError(ValueError):
@@ -110,8 +114,11 @@ def check(hardware: Hardware) -> None:
 def spread() -> None:
     """Begin this program again in the processes of $LONGVIEW_HARDWARE, in place of this process; nothing
     where that is not set, means one process, or has been done."""
+    if STARTED in os.environ:
+        _end_with_launcher()
+        return
     name = os.environ.get(VARIABLE)
-    if not name or STARTED in os.environ:
+    if not name:
         return
     try:
         hardware = read(name)
@@ -123,6 +130,13 @@ def spread() -> None:
     os.environ[STARTED] = "1"
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # a line for every collective
     os.execv(sys.executable, [sys.executable, *command(hardware)])
+
+
+def _end_with_launcher() -> None:
+    """A launcher killed by `kill -9` leaves its processes: they would train on beside those of the next
+    run. Linux alone can tell them."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def command(hardware: Hardware) -> list[str]:

@@ -1,9 +1,9 @@
 """One of the processes that train together, on a tiny model: what tests/stages/test_distributed.py starts.
 
-    accelerate launch --config_file hardware/2cpu-zero3.yaml -m tests.support.ranks dpo FOLDER
+    accelerate launch --config_file hardware/2cpu-zero3.yaml -m tests.support.ranks FOLDER dpo
 
-FOLDER gets steps/ and, when done, out/ with the checkpoint and losses.json. With a third word, a step: killed
-when it is logged.
+FOLDER/KIND gets steps/ and, when done, out/ with the checkpoint and losses.json. dpo=3: killed when the third
+step is logged. Two epochs of three steps, a checkpoint every two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PAIRS = [
         f"it is {n}",
         f"it is {n + 1} or more",
     )
-    for n in range(8)
+    for n in range(12)
 ]
 
 
@@ -57,4 +57,5 @@ def train(kind: str, folder: Path, kill_at: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))
+    kind, _, kill_at = sys.argv[2].partition("=")
+    train(kind, Path(sys.argv[1]) / kind, int(kill_at) if kill_at else None)
