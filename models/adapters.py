@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.adapter_base import ADAPTER_CONFIG, base_of, is_adapter
 from models.families import of_model
 from models.guard import TrainingError
-from models.vlm import ADAPTER_CONFIG, load, load_processor
+from models.vlm import load, load_processor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -47,8 +48,8 @@ def load_for_training(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The model of a checkpoint, all of it to train; or with a new adapter on it, or with the adapter that
     the checkpoint is. Raises TrainingError where that is another than `lora` says, or bitsandbytes is
-    missing. seed: of a new adapter's random factor; bf16: what lies under an adapter, which does not train,
-    is loaded in 16 bits."""
+    missing; BaseChangedError for an adapter whose base is another one now. seed: of a new adapter's random
+    factor; bf16: what lies under an adapter, and neither trains nor is saved, is loaded in 16 bits."""
     if lora is None:
         return load(checkpoint)
     if lora.projector and lora.quantized:
@@ -56,13 +57,13 @@ def load_for_training(
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    settings = _adapter(checkpoint)
-    if settings:
-        _refuse_another(checkpoint, settings, lora)
-    base = settings["base_model_name_or_path"] if settings else str(checkpoint)
-    dtype = "bfloat16" if bf16 else "float32"
+    goes_on = is_adapter(checkpoint)
+    if goes_on:
+        _refuse_another(checkpoint, lora)
+    base = base_of(checkpoint) if goes_on else str(checkpoint)
+    dtype = "bfloat16" if bf16 and not lora.projector else "float32"
     model, _ = load(base, dtype, **_quantised(base) if lora.quantized else {})
-    if settings:
+    if goes_on:
         adapted = PeftModel.from_pretrained(model, str(checkpoint), is_trainable=True)
     else:
         family = of_model(model)
@@ -92,13 +93,8 @@ def finished(model: Any) -> Any:
     return model.merge_and_unload() if merged else model
 
 
-def _adapter(checkpoint: str | Path) -> dict[str, Any] | None:
-    """The settings of a folder with an adapter."""
-    file = Path(checkpoint) / ADAPTER_CONFIG
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
-
-
-def _refuse_another(checkpoint: str | Path, settings: dict[str, Any], lora: Lora) -> None:
+def _refuse_another(checkpoint: str | Path, lora: Lora) -> None:
+    settings = json.loads((Path(checkpoint) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     found, wanted = (settings["r"], settings["lora_alpha"]), (lora.rank, lora.alpha)
     if found != wanted or lora.projector:
         more = " with the projector" if lora.projector else ""

@@ -9,7 +9,6 @@ first user text: every chain and every sample of a question then shares the same
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.adapter_base import base_of, is_adapter, note_base
 from models.families import of_model, of_processor
 from models.images import ImageSource, folder_images
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 IGNORE = -100
-ADAPTER_CONFIG = "adapter_config.json"
-"""What peft calls its settings, in a folder with an adapter."""
 KEPT_TEXTS = 1 << 15
 """Texts whose tokens an encoder remembers: the turns of a chain are met again with each of its steps."""
 KEPT_BYTES = 4 << 30
@@ -54,18 +52,18 @@ def load(
     only. A folder with a LoRA adapter is loaded with the base that it names, merged. options: for
     transformers' from_pretrained.
 
-    Raises FamilyError for a model of no family that is known (models.families).
+    Raises FamilyError for a model of no family that is known (models.families), BaseChangedError for an
+    adapter whose base is another one now.
     """
     from transformers import AutoModelForImageTextToText, logging
 
     logging.disable_progress_bar()
     options |= {"revision": revision} if revision else {}
-    adapter = Path(checkpoint) / ADAPTER_CONFIG
-    if adapter.is_file():
+    if is_adapter(checkpoint):
         from peft import PeftModel
 
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        model = PeftModel.from_pretrained(load(base, dtype, **options)[0], str(checkpoint)).merge_and_unload()
+        base, _ = load(base_of(checkpoint), dtype, **options)
+        model = PeftModel.from_pretrained(base, str(checkpoint)).merge_and_unload()
     else:
         model = AutoModelForImageTextToText.from_pretrained(
             checkpoint, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
@@ -92,6 +90,7 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) 
     logging.disable_progress_bar()
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
+        note_base(folder)
     else:
         model.save_pretrained(folder, safe_serialization=True)
     processor.save_pretrained(folder)

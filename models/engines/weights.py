@@ -24,10 +24,10 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
+from models.adapter_base import ADAPTER_CONFIG, BaseChangedError, base_of
 from models.engines.base import Engine, EngineError, Failure, Request, Sampling, Scored
 from models.probe import Probe
 
-ADAPTER_FILE = "adapter_config.json"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as --max-lora-rank."""
 EXTENSION = "longview_reload.Reload"
@@ -78,8 +78,9 @@ class Weights:
 def served_weights(checkpoint: str, fingerprint: Callable[[str], str]) -> Weights:
     """The weights of a checkpoint folder, a folder with a LoRA adapter as peft writes it, or a hub id.
 
-    Raises EngineError for an adapter that names no base, or one that is not there."""
-    config = Path(checkpoint) / ADAPTER_FILE
+    Raises EngineError for an adapter that names no base, one that is not there, or other weights than those
+    it was trained on."""
+    config = Path(checkpoint) / ADAPTER_CONFIG
     if not config.is_file():
         return Weights(checkpoint, fingerprint(checkpoint) if Path(checkpoint).exists() else checkpoint)
     try:
@@ -93,6 +94,10 @@ def served_weights(checkpoint: str, fingerprint: Callable[[str], str]) -> Weight
             f"{config} names {base!r} as its base model (base_model_name_or_path), and there is none: make "
             "it again with `dvc repro` or `dvc pull`, or correct the name"
         )
+    try:
+        base_of(checkpoint)
+    except BaseChangedError as error:
+        raise EngineError(str(error)) from None
     adapter = Adapter(f"adapter-{fingerprint(checkpoint)[:12]}", str(Path(checkpoint).resolve()), rank)
     return Weights(base, fingerprint(base) if Path(base).exists() else base, adapter)
 

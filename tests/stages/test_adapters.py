@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from models.adapter_base import BaseChangedError
 from models.adapters import Lora, finished, load_for_training
+from models.engines.base import EngineError
 from models.engines.weights import served_weights
 from models.families import FAMILIES, of_model
 from models.guard import TrainingError
@@ -42,10 +44,10 @@ def sft(start: Path, out: Path, lora: Lora = LORA, report: Any = None) -> dict[s
     return numbers
 
 
-def preference_round(start: Path, out: Path, reference: Any = None) -> dict[str, float]:
+def preference_round(start: Path, out: Path, reference: Any = None, report: Any = None) -> dict[str, float]:
     model, processor = load_for_training(start, LORA)
     numbers = train_preference(
-        model, reference, processor, PAIRS, PreferenceLoss(), BUDGET, out / "steps", 7, picture
+        model, reference, processor, PAIRS, PreferenceLoss(), BUDGET, out / "steps", 7, picture, report
     )
     save_with_probe(finished(model), processor, out / "checkpoint")
     return numbers
@@ -109,6 +111,21 @@ def test_a_projector_that_trains_is_saved_merged(base: Path, tmp_path: Path) -> 
     assert all(name in still for name in weights(before) if "vision" in name)
 
 
+def test_only_what_neither_trains_nor_is_saved_is_held_in_16_bits(base: Path, tmp_path: Path) -> None:
+    """A projector in 16 bits would round its updates away, and merging would round the base."""
+    import torch
+
+    model, processor = load_for_training(base, LORA, bf16=True)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    save_with_probe(finished(model), processor, tmp_path / "adapter")
+    probe = read_probe(tmp_path / "adapter")
+    assert probe
+    assert take(load(tmp_path / "adapter")[0], processor).log_probs == pytest.approx(probe.log_probs, abs=2e-4)
+    model, _ = load_for_training(base, replace(LORA, projector=True), bf16=True)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_a_quantised_model_trains_an_adapter(base: Path, tmp_path: Path) -> None:
     """bitsandbytes for real: the linear layers of the language model lie in memory as 4 bits."""
     import torch
@@ -130,6 +147,36 @@ def test_another_rank_is_refused(base: Path, tmp_path: Path) -> None:
         load_for_training(tmp_path / "sft/checkpoint", replace(LORA, rank=16))
     settings = json.loads((tmp_path / "sft/checkpoint/adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == str(base)
+
+
+def test_an_adapter_is_not_put_on_another_base(base: Path, tmp_path: Path) -> None:
+    """Neither to answer, nor to train, nor to be served."""
+    checkpoint = tmp_path / "sft/checkpoint"
+    model, processor = load_for_training(base, LORA)
+    save(model, processor, checkpoint)
+    served_weights(str(checkpoint), lambda path: path)
+    another, _ = load(base)
+    another.get_input_embeddings().weight.data.mul_(1.01)
+    save(another, processor, base)
+    other = "an adapter trained on other weights than .*base holds now"
+    with pytest.raises(BaseChangedError, match=other):
+        load(checkpoint)
+    with pytest.raises(BaseChangedError, match=other):
+        load_for_training(checkpoint, LORA)
+    with pytest.raises(EngineError, match=other):
+        served_weights(str(checkpoint), lambda path: path)
+
+
+def test_a_killed_round_goes_on(base: Path, tmp_path: Path) -> None:
+    """With the reference as it came, which is the same adapter, and to the same bytes."""
+    sft(base, tmp_path / "sft")
+    start = tmp_path / "sft/checkpoint"
+    preference_round(start, tmp_path / "whole")
+    with pytest.raises(Killed):
+        preference_round(start, tmp_path / "killed", report=kill_at(3))
+    preference_round(start, tmp_path / "killed")
+    one, other = (tmp_path / name / "checkpoint/adapter_model.safetensors" for name in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("kind", [kind for family in FAMILIES for kind in family.model_types if kind in TINY])
