@@ -61,10 +61,13 @@ class Probe:
 
 def save_with_probe(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
     """models.vlm.save, and the probe taken of the model in memory: so that it also speaks for what was
-    written. Only of an adapter on a quantised model it is taken of what was written: a server has the base as
-    it is."""
+    written. Only of an adapter whose base is held in fewer bits it is taken of what was written: a server has
+    the base as it is."""
+    import torch
+
     save(model, processor, folder)
-    if getattr(model, "is_loaded_in_4bit", False):
+    quantised = getattr(model, "is_loaded_in_4bit", False)
+    if hasattr(model, "peft_config") and (quantised or model.dtype != torch.float32):
         model, _ = load(folder)
     text = json.dumps(asdict(take(model, processor)), indent=1)
     (Path(folder) / FILE).write_text(text + "\n", encoding="utf-8")

@@ -121,7 +121,9 @@ def test_only_what_neither_trains_nor_is_saved_is_held_in_16_bits(base: Path, tm
     save_with_probe(finished(model), processor, tmp_path / "adapter")
     probe = read_probe(tmp_path / "adapter")
     assert probe
-    assert take(load(tmp_path / "adapter")[0], processor).log_probs == pytest.approx(probe.log_probs, abs=2e-4)
+    assert take(load(tmp_path / "adapter")[0], processor).log_probs == pytest.approx(
+        probe.log_probs, abs=2e-4
+    )
     model, _ = load_for_training(base, replace(LORA, projector=True), bf16=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
