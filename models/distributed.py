@@ -52,6 +52,15 @@ def zero_stage() -> int:
     )
 
 
+def compile_nothing() -> None:
+    """On a CPU DeepSpeed would build, at its first start, an all-reduce for inference, which training never
+    calls: a minute and more, two processes that wait for one, and a lock that a killed build leaves."""
+    if zero_stage():
+        from deepspeed import ops
+
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def share(items: Sequence[T]) -> list[T]:
     """The items of this process, as many as any other's: forward passes under ZeRO-3 are made by all
     processes together. Where they cannot be divided some are taken twice."""

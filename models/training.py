@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from models.distributed import first, form, processes, whole, zero_stage
+from models.distributed import compile_nothing, first, form, processes, whole, zero_stage
 from models.families import FamilyError, of_model
 from models.folders import drop
 from models.guard import Guard, TrainingError
@@ -80,6 +80,7 @@ def possible(budget: Budget) -> Budget:
 def arguments(budget: Budget, folder: Path, seed: int, examples: int) -> dict[str, Any]:
     """The arguments TRL's configs share, for one of the processes that train together; final weights are
     saved by the stage, not by the trainer."""
+    compile_nothing()
     budget, rows = divided(budget, processes()), budget.batch_size * budget.accumulate
     steps = budget.max_steps if budget.max_steps > 0 else math.ceil(examples * budget.epochs / rows)
     log_every = max(1, steps // 50)
