@@ -45,18 +45,16 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
             return dataset  # its rows are token ids already
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            rows = dataset.to_list()
-            key = digest(self._precompute_model_hash, rows, self.processing_class)
+            key = digest(self._precompute_model_hash, dataset, self.processing_class)
             log = ReferenceLog(folder, key, rank())
-            missing = log.missing(
-                in_parts([pair_size(row) for row in rows], shared_tokens, batch_size, batch_tokens)
-            )
+            sizes = [pair_size(row) for row in dataset]
+            missing = log.missing(in_parts(sizes, shared_tokens, batch_size, batch_tokens))
             self.accelerator.wait_for_everyone()  # before any writes, so that all have found the same missing
             if missing:
                 model = self._reference()
 
                 def compute(batch: Sequence[int]) -> tuple[list[float], list[float]]:
-                    inputs = self._prepare_inputs(collate([rows[index] for index in batch]))
+                    inputs = self._prepare_inputs(collate([dataset[index] for index in batch]))
                     chosen, rejected = self.compute_ref_log_probs(model, inputs)
                     return chosen.tolist(), rejected.tolist()
 
@@ -67,7 +65,7 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
                 log.read()
             self._free_reference()
             for column, side in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
-                dataset = dataset.add_column(column, [log.values[row][side] for row in range(len(rows))])
+                dataset = dataset.add_column(column, [log.values[row][side] for row in range(len(dataset))])
             return dataset
 
         def _reference(self) -> Any:
