@@ -1,13 +1,14 @@
 """Training on 10³ to 10⁵ rows: is the cost of a pair flat, and of a conversation?
 
     python -m benchmarks.training_scale [--save]
-    python -m benchmarks.training_scale --rows 1000 10000
+    python -m benchmarks.training_scale --rows 1000 2000 10000
     python -m benchmarks.training_scale --one preference --rows 10000      # in this process; prints JSON
 
 The smallest model that can be built, so that what surrounds it is seen: pairs or conversations are encoded,
 the reference runs, one epoch is trained with a batch of 64, as the stages do it. Pictures are of a thousand
-kinds. Seconds count from the call of the trainer to its return; each size is a process of its own. Memory is
-the largest resident size. Waiting is the share of the time of steps in which the trainer waits for rows.
+kinds. Seconds count from the call of the trainer to its return, start included; each size is a process of its
+own. Another row's time, from one size to the next, has no start in it. Memory is the largest resident size.
+Waiting is the share of all seconds in which the trainer waits for rows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 from benchmarks import results
@@ -79,14 +81,21 @@ def judge(found: dict[str, dict[int, dict[str, Any]]]) -> tuple[list[Row], Table
     rows: list[Row] = []
     cells: list[list[str]] = []
     for kind, runs in found.items():
-        row, (few, *_, most) = KINDS[kind], sorted(runs)
+        row, sizes = KINDS[kind], sorted(runs)
         each = {count: run["seconds"] / count for count, run in runs.items()}
-        ratio = each[most] / each[few]
-        grown = (runs[most]["peak"] - runs[most]["before"]) / most
-        said = f"{kind}: time a {row}, {most:,} / {few:,}"
+        another = [
+            (runs[more]["seconds"] - runs[fewer]["seconds"]) / (more - fewer)
+            for fewer, more in pairwise(sizes)
+        ]
+        whole, last = each[sizes[-1]] / each[sizes[0]], another[-1] / another[0]
+        grown = (runs[sizes[-1]]["peak"] - runs[sizes[-2]]["peak"]) / (sizes[-1] - sizes[-2])
+        told = f"{kind}: time a {row}, {sizes[-1]:,} / {sizes[0]:,}"
         rows += [
-            Row(said, ratio, "×", f"≤ {RATIO:g}", ratio <= RATIO),
-            Row(f"{kind}: memory a {row}, at {most:,}", grown / 1024, "KiB"),
+            Row(told, whole, "×", f"≤ {RATIO:g}", whole <= RATIO),
+            Row(
+                f"{kind}: time another {row}, the last / the first", last, "×", f"≤ {RATIO:g}", last <= RATIO
+            ),
+            Row(f"{kind}: memory another {row}", grown / 1024, "KiB"),
         ]
         cells += [
             [kind, f"{count:,}", f"{run['seconds']:.1f}", f"{each[count] * 1e3:.2f}",
@@ -106,8 +115,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--one", choices=KINDS, help="train in this process; prints JSON")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     args = parser.parse_args(words)
-    if not args.one and len(set(args.rows)) < 2:
-        parser.error("--rows: two sizes or more, to compare")
+    if not args.one and len(set(args.rows)) < 3:
+        parser.error("--rows: three sizes or more, to compare")
     return args
 
 
