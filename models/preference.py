@@ -25,6 +25,7 @@ from models.preference_trainer import companion, pair_size, shared_tokens
 from models.shared_prompt import difference, obstacle, shared_prompt
 from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
 from models.vlm import Encoder
+from models.watch import Counts, Work, pair_counts, watched
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,7 +91,7 @@ def train_preference(
                     once.enter_context(shared_prompt(reference))
             trainer = _trainer(model, reference, encoder, rows, loss, budget, folder, seed, shared)
         del reference
-        trainer.add_callback(callback(guard, report))
+        trainer.add_callback(callback(guard, report, budget.stop))
         numbers = run_trainer(trainer, guard, folder)
     last: dict[str, Any] = next(
         (entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {}
@@ -153,7 +154,9 @@ def _trainer(
 
     collate = (SharedCollator if shared else PreferenceCollator)(encoder)
     tokens = budget.batch_tokens
-    return companion(bucketed(DPOTrainer), collate, folder, tokens)(
+    counts = Counts(Work.of(model), pair_counts, "pairs")
+    batches = PartedCollator(collate, pair_size, shared_tokens, tokens) if tokens else collate
+    return watched(companion(bucketed(DPOTrainer), collate, folder, tokens), counts)(
         model=model,
         ref_model=reference,
         args=DPOConfig(
@@ -165,7 +168,7 @@ def _trainer(
         ),
         train_dataset=rows,
         processing_class=encoder.processor,
-        data_collator=PartedCollator(collate, pair_size, shared_tokens, tokens) if tokens else collate,
+        data_collator=counts.counted(batches),
         optimizers=(optimizer(model, budget), None),
     )
 

@@ -9,7 +9,6 @@ must say `precompute_ref_log_probs`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
 
     class Companion(trainer):
         ref_model: Any
-        _share, _pairs, _since = 1.0, 0, 0.0
+        _share = 1.0
 
         def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
             return dataset  # its rows are token ids already
@@ -88,7 +87,6 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             parts = inputs.get("parts") or [inputs]
             pairs = [len(part["completion_mask"]) // 2 for part in parts]
-            self._pairs += sum(pairs) * self.accelerator.num_processes
             loss = 0.0
             for part, count in zip(parts, pairs, strict=True):
                 self._share = count / sum(pairs)
@@ -97,12 +95,5 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return super().compute_loss(*args, **kwargs) * self._share
-
-        def log(self, logs: dict[str, float], *args: Any) -> None:
-            now = time.perf_counter()
-            if "loss" in logs and self._since:
-                logs["pairs_per_second"] = self._pairs / (now - self._since)
-            self._pairs, self._since = 0, now
-            super().log(logs, *args)
 
     return Companion

@@ -19,6 +19,7 @@ from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
 from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
 from models.vlm import IGNORE, Conversation, Encoder, pad
+from models.watch import Counts, Work, sft_counts, watched
 
 if TYPE_CHECKING:
     import torch
@@ -112,8 +113,9 @@ def train_sft(
     else:
         step = budget
         kind = bucketed(SFTTrainer, sum(rows["trained"]) / len(rows))
+    counts = Counts(Work.of(model), sft_counts)
     with frozen_vision(model, budget.vision_cache_mb << 20):
-        trainer = kind(
+        trainer = watched(kind, counts)(
             model=model,
             args=SFTConfig(
                 **arguments(step, Path(folder), seed, len(rows)),
@@ -121,8 +123,8 @@ def train_sft(
             ),
             train_dataset=rows,
             processing_class=processor,
-            data_collator=collate,
-            callbacks=[callback(guard, report)],
+            data_collator=counts.counted(collate),
+            callbacks=[callback(guard, report, budget.stop)],
             optimizers=(optimizer(model, budget), None),
         )
         numbers = run_trainer(trainer, guard, folder)
