@@ -12,7 +12,7 @@ and a tiny instance in tests/support/tiny_families.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,16 +197,21 @@ def token_types(processor: ProcessorMixin, input_ids: torch.Tensor) -> dict[str,
     return {"mm_token_type_ids": (input_ids == processor.image_token_id).int()}
 
 
-def positions(
-    model: PreTrainedModel, processor: ProcessorMixin, mask: torch.Tensor, inputs: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def positions(model: PreTrainedModel, mask: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Positions of tokens [rows, tokens], or [3, rows, tokens] where they are spatial. mask: [rows, tokens],
     0 on padding; inputs: input_ids of that shape, and the image tensors of all rows."""
-    if not of_processor(processor).spatial_positions:
+    if not of_model(model).spatial_positions:
         return mask.cumsum(-1).sub(1).clamp(min=0)
-    ids, grid = inputs["input_ids"].to(mask.device), inputs.get("image_grid_thw")
-    types = token_types(processor, ids)["mm_token_type_ids"]
-    grid = None if grid is None else grid.to(mask.device)
-    index = model.model.get_rope_index(ids, types, image_grid_thw=grid, attention_mask=mask)
-    found: torch.Tensor = index[0]
+    return spatial_positions(model.base_model, inputs["input_ids"], mask, inputs)
+
+
+def spatial_positions(
+    backbone: Any, ids: torch.Tensor, mask: torch.Tensor, images: Mapping[str, Any]
+) -> torch.Tensor:
+    """Positions [3, rows, tokens] in time, height and width of images (M-RoPE: arXiv 2409.12191, 2.1), by a
+    model without its head. ids and mask: [rows, tokens]."""
+    ids = ids.to(mask.device)
+    grids = {key: value.to(mask.device) for key, value in images.items() if key.endswith("_grid_thw")}
+    types = (ids == backbone.config.image_token_id).int()
+    found: torch.Tensor = backbone.get_rope_index(ids, types, attention_mask=mask, **grids)[0]
     return found

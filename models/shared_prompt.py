@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from models.families import spatial_positions
 from models.forwards import Forward, backbone, replaced, unwrapped
 
 if TYPE_CHECKING:
@@ -94,17 +95,14 @@ def completion_mask(valid: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def positions(model: Any, pair_ids: torch.Tensor, valid: torch.Tensor, length: int, **images: Any) -> Any:
-    """Positions [pairs, P + 2C], or [3, pairs, P + 2C] where the model counts time, height and width of
-    images (M-RoPE: arXiv 2409.12191, 2.1): the prompt's own, from its end on for either completion."""
+    """Positions [pairs, P + 2C], or [3, pairs, P + 2C] where they are spatial: the prompt's own, from its end
+    on for either completion."""
     import torch
 
     prompt = valid[:, : valid.shape[1] - 2 * length]
     steps = torch.arange(length, device=valid.device).repeat(2)
     if hasattr(model, "get_rope_index"):
-        ids = pair_ids[:, : prompt.shape[1]]
-        grids = {name: value for name, value in images.items() if name.endswith("_grid_thw")}
-        types = (ids == model.config.image_token_id).int()
-        read, _ = model.get_rope_index(ids, mm_token_type_ids=types, attention_mask=prompt, **grids)
+        read = spatial_positions(model, pair_ids[:, : prompt.shape[1]], prompt, images)
         last = read.masked_fill(prompt[None] == 0, -1).amax(dim=(0, 2))
         goes_on = (last[:, None] + 1 + steps).expand(len(read), -1, -1)
     else:

@@ -251,7 +251,7 @@ def _open(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     mask = pad([[1] * len(row.ids) for row in prompts], 0, left=True).to(device)
     pixels = stack_pixels(engine.encoder, [row.request.prompt.images for row in prompts])
     inputs = {"input_ids": pad([row.ids for row in prompts], engine.pad, left=True), **pixels}
-    position = positions(engine.model, engine.encoder.processor, mask, inputs)
+    position = positions(engine.model, mask, inputs)
     cache = RoomyCache(engine.model.config, engine.pool)
     logits = _forward(engine.model, cache, mask, position, inputs)
     state = _State(cache, mask, position[..., -1:], logits)
@@ -278,7 +278,7 @@ def _begin(engine: LocalEngine, rows: Sequence[_Row]) -> _State:
     whole = {"input_ids": pad([row.ids for row in rows], engine.pad, left=True)}
     if engine.encoder.family.spatial_positions:
         whole |= stack_pixels(engine.encoder, [row.request.prompt.images for row in rows])
-    position = positions(engine.model, engine.encoder.processor, mask, whole)[..., -block:]
+    position = positions(engine.model, mask, whole)[..., -block:]
     logits = _forward(engine.model, cache, mask, position, {"input_ids": whole["input_ids"][:, -block:]})
     return _State(cache, mask, position[..., -1:], logits)
 
