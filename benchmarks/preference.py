@@ -40,7 +40,7 @@ from typing import Any
 from benchmarks import results
 from benchmarks.environments import SCRIPTS, PeerError, interpreter, last_line
 from benchmarks.results import Row, Table
-from benchmarks.trainers import build, in_a_process, peak_bytes, picture
+from benchmarks.trainers import build, in_a_process, picture, utilisation
 
 MODULE = "benchmarks.preference"
 SHARE = 0.9
@@ -157,6 +157,7 @@ def one(side: str, case: Case, steps: int) -> dict[str, Any]:
     """One run in this process: losses and log-probabilities by step, pairs a second, seconds, bytes."""
     from models.preference import PreferenceLoss, train_preference
     from models.training import Budget
+    from models.watch import peak_bytes
 
     import_module("trl.trainer.dpo_trainer")  # the seconds of a run begin when all is imported
     model, encoder, pairs = make(case, steps)
@@ -184,6 +185,7 @@ def one(side: str, case: Case, steps: int) -> dict[str, Any]:
         "pairs_per_second": PAIRS * (len(times) - WARM_UP) / (times[-1] - times[WARM_UP - 1]),
         "seconds": time.perf_counter() - began,
         "losses": [numbers["loss"] for numbers in logged],
+        "mfu": utilisation(logged[WARM_UP:]),
         "peak_bytes": peak_bytes(),
     }
 
@@ -305,6 +307,8 @@ def judge(found: dict[Case, dict[str, Any]]) -> tuple[list[Row], Table]:
             within(f"the first {len(losses[0])} losses", apart),
             Row(f"{named}: peak memory, ours / plain", memory, "×", "≤ 1", memory <= 1),
         ]  # fmt: skip
+        if (mfu := runs[OURS][0].get("mfu")) is not None:
+            rows.append(Row(f"{named}: MFU of the language model, ours", mfu, ""))
         if SWIFT in speeds:
             rows.append(Row(f"{named}: pairs a second, ours / ms-swift", speeds[SWIFT], "×"))
         cells += [

@@ -34,7 +34,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.results import Row, Table
-from benchmarks.trainers import build, fetches, in_a_process, peak_bytes
+from benchmarks.trainers import build, fetches, in_a_process, utilisation
 
 TARGET = 1.5
 ROWS, WARM_UP, COMPARED = 16, 4, 20
@@ -136,6 +136,7 @@ def one(side: str, case: Case, steps: int) -> dict[str, Any]:
     bytes."""
     from models.sft import train_sft
     from models.training import Budget
+    from models.watch import peak_bytes
 
     import_module("trl.trainer.sft_trainer")  # the seconds of a run begin when all is imported
     model, encoder, conversations = make(case, steps)
@@ -148,11 +149,11 @@ def one(side: str, case: Case, steps: int) -> dict[str, Any]:
         gradient_checkpointing=case.shape is not None,
     )
     times: list[float] = []
-    losses: list[float] = []
+    logged: list[dict[str, float]] = []
 
     def report(numbers: dict[str, float], step: int, total: int) -> None:
         times.append(time.perf_counter())
-        losses.append(numbers["loss"])
+        logged.append(numbers)
 
     with tempfile.TemporaryDirectory() as folder, fetches(encoder.tokenizer.pad_token_id) as fetched:
         began = time.perf_counter()
@@ -168,7 +169,8 @@ def one(side: str, case: Case, steps: int) -> dict[str, Any]:
         "padding": 1 - sum(fetched.tokens) / sum(fetched.padded),
         "tokens": sum(fetched.tokens),
         "seconds": time.perf_counter() - began,
-        "losses": losses,
+        "losses": [numbers["loss"] for numbers in logged],
+        "mfu": utilisation(logged[WARM_UP:]),
         "peak_bytes": peak_bytes(),
     }
 
@@ -197,6 +199,8 @@ def judge(found: dict[str, dict[str, list[dict[str, Any]]]]) -> tuple[list[Row],
                 ours["waiting"] <= WAIT),
             Row(f"{case}: peak memory, ours / plain", memory, "×", "≤ 1", memory <= 1),
         ]  # fmt: skip
+        if (mfu := runs[OURS][0].get("mfu")) is not None:
+            rows.append(Row(f"{case}: MFU of the language model, ours", mfu, ""))
         if BY_LENGTH in middle:
             rate = ours["tokens_per_second"] / middle[BY_LENGTH]["tokens_per_second"]
             rows.append(Row(f"{case}: tokens a second, ours / {BY_LENGTH}", rate, "×"))

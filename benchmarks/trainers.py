@@ -8,10 +8,11 @@ and what is read off them.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,17 +56,6 @@ def build(shape: str | None) -> tuple[Any, Any, Any]:
     return model, processor, pictures
 
 
-def peak_bytes() -> int:
-    """Most memory so far: of the GPU if there is one, else resident."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @dataclass
 class Fetched:
     """By step: seconds that the trainer waited for its rows, their tokens, and those with padding."""
@@ -96,6 +86,12 @@ def fetches(pad_id: int) -> Iterator[Fetched]:
         yield found
     finally:
         Trainer.get_batch_samples = own
+
+
+def utilisation(logged: Sequence[dict[str, float]]) -> float | None:
+    """The median model FLOPs utilisation that was logged (models.watch); None without a known GPU."""
+    found = [numbers["mfu"] for numbers in logged if "mfu" in numbers]
+    return statistics.median(found) if found else None
 
 
 def in_a_process(module: str, *words: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.results import Row, Table
-from benchmarks.trainers import embedded, fetches, in_a_process, peak_bytes
+from benchmarks.trainers import embedded, fetches, in_a_process
 
 ROWS = (1_000, 10_000, 100_000)
 KINDS = {"preference": "pair", "sft": "conversation"}
@@ -44,6 +44,7 @@ def one(kind: str, count: int) -> dict[str, Any]:
     from models.sft import train_sft
     from models.training import Budget
     from models.vlm import Conversation, Encoder
+    from models.watch import peak_bytes
 
     import_module("trl.trainer.dpo_trainer"), import_module("trl.trainer.sft_trainer")
     model, processor, pictures = embedded(hidden=32, layers=1, intermediate=32, vision_layers=1)

@@ -22,7 +22,6 @@ from benchmarks import (
     environments,
     generation,
     local_engine,
-    preference,
     resume,
     traces,
 )
@@ -342,20 +341,3 @@ def test_sampling_is_judged_by_the_rounds_in_which_both_ran() -> None:
     assert [row.holds for row in rows if row.target] == [True, True, False, False]
     assert [row.value for row in rows if row.target] == pytest.approx([13.5, 0.9, 9.75, 0.65])
     assert len(table.rows) == 4 and table.rows[2][3] == "67%"
-
-
-# preference training
-
-
-def test_preference_training_is_judged_by_speed_numbers_and_memory() -> None:
-    def run(speed: float, loss: float, memory: int) -> dict[str, Any]:
-        return {"pairs_per_second": speed, "seconds": 9.0, "losses": [1.0, loss], "peak_bytes": memory}
-
-    check = {"difference": 1e-6, "prompt": 40.0, "completion": 10.0}
-    sides = {preference.PLAIN: [run(10, 0.5, 100)], preference.OURS: [run(21, 0.5 + 1e-5, 90)]}
-    rows, _ = preference.judge({preference.CASES["4"]: {"check": check, **sides}})
-    assert [row.holds for row in rows if row.target] == [True] * 5
-    assert rows[2].value == pytest.approx(21 / 10 / (20 / 9))
-    sides[preference.OURS].append(run(20, 0.5 + 1e-3, 120))
-    rows, _ = preference.judge({preference.CASES["4"]: {"check": check | {"difference": 1e-3}, **sides}})
-    assert [row.holds for row in rows if row.target] == [True, True, False, False, False]
