@@ -13,16 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.distributed import processes
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
-from models.training import Budget, arguments, freeze_vision, optimizer, run_trainer
+from models.training import Budget, arguments, divided, freeze_vision, optimizer, run_trainer
 from models.vlm import Conversation, Encoder, stack_pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 Reward = Callable[[Sequence[int], Sequence[str]], list[float]]
-"""reward(indices of the questions, completions): a number for each completion."""
+"""reward(indices of the questions, completions): a number for each completion. The completions of a question
+stand together."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,19 @@ def train_grpo(
 ) -> dict[str, float]:
     """Train `model` in place on open prompts; returns numbers of the run.
 
-    budget.batch_size counts completions; with budget.accumulate it must hold whole groups.
+    budget.batch_size counts completions. The completions of a step in one process must be whole groups.
 
-    Raises TrainingError where there are no questions, and for a run that trained nothing: among others, one
-    in which every group had equal rewards.
+    Raises TrainingError where they are not, where there are no questions, and for a run that trained nothing:
+    among others, one in which every group had equal rewards.
     """
     from transformers import TrainerCallback
 
+    own = divided(budget, processes())
+    if own.batch_size * own.accumulate % grpo.generations:
+        raise TrainingError(
+            f"the {own.batch_size} × {own.accumulate} completions of a step are no whole groups "
+            f"of {grpo.generations}: make `batch_size` × `accumulate` a multiple in each process"
+        )
     encoder = Encoder(processor, images)
     if first := next((question.images for question in questions if question.images), None):
         encoder.prepare(first)
@@ -139,7 +147,7 @@ def _trainer(
 
 
 def _message(encoder: Encoder, question: Conversation) -> list[dict[str, str]]:
-    return [{"role": "user", "content": encoder._plain(question.turns[0][0])}]
+    return [{"role": "user", "content": encoder.plain(question.turns[0][0])}]
 
 
 def policy_trainer(encoder: Encoder, questions: Sequence[Conversation]) -> type:
@@ -152,7 +160,7 @@ def policy_trainer(encoder: Encoder, questions: Sequence[Conversation]) -> type:
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
             self._asked = [questions[row["question"]] for row in inputs]
             opened = [
-                {**row, "images": [encoder._open(name) for name in question.images]}
+                {**row, "images": [encoder.open(name) for name in question.images]}
                 for row, question in zip(inputs, self._asked, strict=True)
             ]
             return super()._generate_and_score_completions(opened)  # type: ignore[no-any-return, unused-ignore]
