@@ -99,7 +99,20 @@ def train_grpo(
     numbers = run_trainer(trainer, guard, folder)
     rewards = _logged(trainer.state.log_history, "reward")
     counts = {"questions": len(kept), "too_long": len(questions) - len(kept)}
-    return numbers | counts | {"first_reward": rewards[0], "last_reward": rewards[-1]}
+    equal = _logged(trainer.state.log_history, "frac_reward_zero_std")
+    return (
+        numbers
+        | counts
+        | {
+            "first_reward": _mean(rewards[:5]),
+            "last_reward": _mean(rewards[-5:]),
+            "equal_groups": _mean(equal),
+        }
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _logged(history: Sequence[dict[str, Any]], key: str) -> list[float]:

@@ -19,6 +19,12 @@ KEPT = (
     "rewards/margins",
     "rewards/accuracies",
     "pairs_per_second",
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "entropy",
+    "completions/mean_length",
+    "completions/clipped_ratio",
 )
 
 
