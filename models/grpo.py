@@ -31,12 +31,10 @@ stand together."""
 class Grpo:
     """generations: completions of a question, at least 2. loss, scale_rewards: TRL's names; the defaults are
     those of Dr. GRPO (arXiv 2503.20783, section 3), without the bias to long wrong completions and to
-    questions of nearly equal rewards. epsilon, epsilon_high: how far a probability ratio may move down and up
-    (DAPO, arXiv 2503.14476, section 3.1). There is no KL term (DAPO, section 2.3)."""
+    questions of nearly equal rewards. A completion is trained on in one step, by the policy that wrote it:
+    there is no ratio of probabilities to clip. There is no KL term (DAPO, arXiv 2503.14476, section 2.3)."""
 
     generations: int = 8
-    epsilon: float = 0.2
-    epsilon_high: float = 0.28
     max_new_tokens: int = 1024
     temperature: float = 1.0
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dr_grpo"
@@ -148,8 +146,6 @@ def _trainer(
             max_completion_length=grpo.max_new_tokens,
             temperature=grpo.temperature,
             beta=0.0,
-            epsilon=grpo.epsilon,
-            epsilon_high=grpo.epsilon_high,
             loss_type=grpo.loss,
             scale_rewards=grpo.scale_rewards,
         ),
