@@ -8,12 +8,15 @@ mean. No pairs are made and no reference runs; a group of equal rewards teaches 
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from models.distributed import processes
+from models.engines.base import Completion, Request, Sampling, derived_seed
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
 from models.training import Budget, arguments, divided, freeze_vision, optimizer, run_trainer
@@ -39,6 +42,13 @@ class Grpo:
     temperature: float = 1.0
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dr_grpo"
     scale_rewards: Literal["group", "batch", "none"] = "none"
+
+
+@dataclass(frozen=True)
+class Drawn(Completion):
+    """ids: of its tokens, with the one that ends it."""
+
+    ids: Sequence[int] = ()
 
 
 def train_grpo(
@@ -159,6 +169,38 @@ def _message(encoder: Encoder, question: Conversation) -> list[dict[str, str]]:
     return [{"role": "user", "content": encoder.plain(question.turns[0][0])}]
 
 
+def draw(
+    policy: PreTrainedModel,
+    encoder: Encoder,
+    prompts: Sequence[Conversation],
+    sampling: Sampling,
+    step: tuple[int, ...],
+) -> list[list[int]]:
+    """Token ids of a completion of each prompt, with the one that ends it; equal prompts get others. An image
+    token is never drawn: no image would stand behind it. step: what the draws hang on besides."""
+    from models.engines.local import LocalEngine
+
+    class PolicyEngine(LocalEngine):
+        def completion(self, row: Any) -> Drawn:
+            return Drawn(**vars(super().completion(row)), ids=row.new)
+
+    engine = PolicyEngine(policy, encoder.processor, encoder.open)
+    engine.encoder, engine.never = encoder, [encoder.processor.image_token_id]
+    before: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        key = repr(prompt)
+        seed = derived_seed(*step, key, before[key])
+        before[key] += 1
+        requests.append(Request(key, prompt, replace(sampling, seed=seed)))
+
+    async def ask() -> list[list[int]]:
+        replies = await asyncio.gather(*(engine.ask(request) for request in requests))
+        return [list(reply.ids) for reply in replies if isinstance(reply, Drawn)]
+
+    return asyncio.run(ask())
+
+
 def policy_trainer(encoder: Encoder, questions: Sequence[Conversation]) -> type:
     """TRL's trainer whose prompts are the token ids that the encoder makes, as they are served."""
     from trl import GRPOTrainer
@@ -186,12 +228,19 @@ def policy_trainer(encoder: Encoder, questions: Sequence[Conversation]) -> type:
             return ids, pictures if any(pictures) else None, tensors
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            """Draws that seed, step and process fix, so that a resumed run draws as an uninterrupted one."""
-            import torch
+            """Tokens by our engine. Seed, step, question and sample fix the draws: a resumed run, or one of
+            several processes, draws as one that is not."""
+            from trl.models import unwrap_model_for_generation
 
-            step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
-            torch.manual_seed((self.args.seed << 32) + step)
-            return super()._generate_single_turn(*args, **kwargs)
+            gathered = self.args.ds3_gather_for_generation
+            with unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=gathered
+            ) as policy:
+                step = self.args.seed, self.state.global_step
+                sampling = Sampling(self.temperature, max_new_tokens=self.max_completion_length)
+                drawn = draw(policy, encoder, self._asked, sampling, step)
+                policy.train()
+            return drawn, None
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             """TRL's sampler, its order fixed by seed and epoch: TRL's own starts again with the first order
