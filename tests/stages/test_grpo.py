@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from models.agents import reason_prompt
-from models.grpo import Grpo, policy_trainer, train_grpo
+from models.engines.base import Sampling
+from models.grpo import Grpo, draw, policy_trainer, train_grpo
 from models.guard import TrainingError
 from models.reasoning import thoughts
 from models.records import Step, read_jsonl, read_questions, write_jsonl
@@ -84,6 +85,18 @@ def test_prompts_are_those_that_are_served(tiny_processor: Any) -> None:
     assert tensors["pixel_values"].tolist() == [
         encoder.pixels(question.images)["pixel_values"][0].tolist() for question in own._asked
     ]
+
+
+def test_draws_hang_on_step_question_and_sample_alone(tiny_model: Any, tiny_processor: Any) -> None:
+    encoder, model = Encoder(tiny_processor, picture), tiny_model()
+    encoder.prepare(["picture 0"])
+    two = [*QUESTIONS[:1] * 4, *QUESTIONS[1:2] * 4]
+    sampling = Sampling(5.0, max_new_tokens=40)  # hot: every token has its chance
+    drawn = draw(model, encoder, two, sampling, (7, 0))
+    assert len({tuple(ids) for ids in drawn}) == 8
+    assert tiny_processor.image_token_id not in {token for ids in drawn for token in ids}
+    assert draw(model, encoder, two[4:], sampling, (7, 0)) == drawn[4:]
+    assert draw(model, encoder, two, sampling, (7, 1)) != drawn
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(grpo: Any) -> None:
