@@ -39,8 +39,10 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.environments import SCRIPTS, PeerError, interpreter, last_line
-from benchmarks.results import ROOT, Row, Table
+from benchmarks.results import Row, Table
+from benchmarks.trainers import build, in_a_process, peak_bytes, picture
 
+MODULE = "benchmarks.preference"
 SHARE = 0.9
 """Target: of the bound."""
 PAIRS, WARM_UP, COMPARED = 8, 4, 20
@@ -86,41 +88,13 @@ def bound(prompt: float, completion: float) -> float:
     return 8 * (prompt + completion) / (3 * (prompt + 2 * completion))
 
 
-def picture(name: str) -> Any:
-    """models.images.ImageSource: noise that the name fixes."""
-    import numpy as np
-    from PIL import Image
-
-    noise = np.random.default_rng(int(name)).integers(0, 256, size=(48, 48, 3))
-    return Image.fromarray(noise.astype(np.uint8))
-
-
-def embedded(case: Case) -> tuple[Any, Any, Any]:
-    """The untrained embedded model, its processor and pictures by name."""
-    import torch
-
-    from models.tiny import TinyConfig, build_model, build_processor, train_tokenizer
-
-    config = TinyConfig()
-    tokenizer = train_tokenizer([" ".join(map(str, range(100)))] * 4, config.vocabulary)
-    torch.manual_seed(0)
-    return build_model(config, tokenizer).eval(), build_processor(tokenizer, config), picture
-
-
 def make(case: Case, steps: int) -> tuple[Any, Any, list[Any]]:
     """Model, encoder and pairs; the same in every process."""
-    from models.families import of_model
     from models.pairs import PreferenceExample
     from models.vlm import Conversation, Encoder
 
     chance = random.Random(case.prompt)
-    if case.shape:
-        from benchmarks.shapes import SHAPES
-
-        model, processor, pictures = SHAPES[case.shape].build("bfloat16")
-    else:
-        model, processor, pictures = embedded(case)
-    of_model(model).settle(processor)
+    model, processor, pictures = build(case.shape)
     encoder = Encoder(processor, pictures)
     encoder.prepare(["0"])
     some = "".join(f" {chance.randrange(100)}" for _ in range(PIECES))
@@ -214,17 +188,6 @@ def one(side: str, case: Case, steps: int) -> dict[str, Any]:
     }
 
 
-def peak_bytes() -> int:
-    """Most memory so far: of the GPU if there is one, else resident."""
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def check(case: Case) -> dict[str, float]:
     """Tokens of the pairs, and the largest difference of a token's log-probability, before any training."""
     from models.pairs import PreferenceCollator, SharedCollator, encode_pairs
@@ -281,15 +244,6 @@ def swift(case: Case, steps: int) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def in_a_process(*words: str) -> dict[str, Any]:
-    """What this module prints last when it is run with these words."""
-    command = [sys.executable, "-m", "benchmarks.preference", *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(words)} failed:\n{done.stderr[-4000:]}")
-    return dict(json.loads(done.stdout.splitlines()[-1]))
-
-
 def measure(
     cases: Sequence[Case], steps: int, repeats: int, sides: Sequence[str]
 ) -> dict[Case, dict[str, Any]]:
@@ -298,13 +252,16 @@ def measure(
     found: dict[Case, dict[str, Any]] = {}
     for case in cases:
         words = ["--cases", case.name, "--steps", str(steps)]
-        found[case] = {"check": in_a_process("--one", "check", *words), **{side: [] for side in sides}}
+        found[case] = {
+            "check": in_a_process(MODULE, "--one", "check", *words),
+            **{side: [] for side in sides},
+        }
         for _ in range(repeats):
             for side in sides:
                 if side == SWIFT and case.shape:
                     continue
                 try:
-                    run = swift(case, steps) if side == SWIFT else in_a_process("--one", side, *words)
+                    run = swift(case, steps) if side == SWIFT else in_a_process(MODULE, "--one", side, *words)
                 except PeerError as error:
                     print(f"{case.name}: {error}", file=sys.stderr)
                     continue

@@ -36,6 +36,11 @@ ADVICE = [
         "the disk is full: free space (`dvc gc -w` drops old versions), then run again",
     ),
     (r"CUDA out of memory", "the GPU is full: lower the batch size in section '{section}' of params.yaml"),
+    (
+        r"Diverged: ",
+        "what was trained before is kept: change section '{section}' of params.yaml as the message advises, "
+        "then run again",
+    ),
     (r"ModuleNotFoundError", "a package is missing: `make install`, then `longview doctor`"),
     (r"ParamsError", "correct params.yaml, then run again"),
     (r"TrackingError", "MLflow is the cause: `longview doctor` says what to do"),

@@ -18,6 +18,9 @@ from models.reasoning import StepError, parse_thoughts
 from models.records import FailedPath, Question, ReasoningPath
 from models.vlm import Conversation
 
+CUT_OFF = "reasoning cut off"
+"""The failure of a chain that reaches the limit of tokens."""
+
 
 @dataclass(frozen=True)
 class AgentAnswer:
@@ -94,7 +97,7 @@ def chain_failure(chain: Reply) -> str | None:
     if isinstance(chain, Failure):
         return chain.reason
     if not chain.finished:
-        return "reasoning cut off"
+        return CUT_OFF
     try:
         parse_thoughts(chain.text)
     except StepError as error:

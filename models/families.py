@@ -59,14 +59,17 @@ class Family:
 
         Raises FamilyError if there are none.
         """
-        frozen = []
-        for name, parameter in model.named_parameters():
-            if re.search(rf"(^|\.){self.vision}", name):  # peft puts its own names before
-                parameter.requires_grad_(False)
-                frozen.append(name)
+        frozen = self.vision_names(model)
         if not frozen:
             raise FamilyError(f"no weight of {type(model).__name__} has a name like {self.vision}")
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
         return frozen
+
+    def vision_names(self, model: PreTrainedModel) -> list[str]:
+        """The names of the vision tower's weights. peft puts its own names before them."""
+        pattern = re.compile(rf"(^|\.){self.vision}")
+        return [name for name, _ in model.named_parameters() if pattern.search(name)]
 
     def projectors(self, model: PreTrainedModel) -> list[str]:
         """The names of the projector's modules (peft's `modules_to_save`)."""

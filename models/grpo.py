@@ -102,7 +102,7 @@ def train_grpo(
                     "questions of middling difficulty, more generations, or a higher temperature"
                 )
 
-    trainer.add_callback(callback(guard, report))
+    trainer.add_callback(callback(guard, report, budget.stop))
     trainer.add_callback(Learnt())
     numbers = run_trainer(trainer, guard, folder)
     rewards = _logged(trainer.state.log_history, "reward")

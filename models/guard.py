@@ -14,9 +14,11 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.distributed import gathered
+from models.stop_rules import Sign, StopRules, divergence
 
 if TYPE_CHECKING:
     import torch
@@ -85,8 +87,13 @@ def _may_rest(name: str, steps: int) -> bool:
     return name.endswith("bias") or (".lora_A." in name and steps < 3)
 
 
-def callback(guard: Guard, report: Report | None) -> Any:
-    """A transformers callback that feeds the guard and the report."""
+class Diverged(TrainingError):
+    """A run that a stop rule has ended; the message says where its last good checkpoint lies."""
+
+
+def callback(guard: Guard, report: Report | None, stop: StopRules | None = None) -> Any:
+    """A transformers callback that feeds the guard and the report, and obeys the rules: no checkpoint while
+    one is broken, Diverged once it strikes."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
@@ -95,7 +102,28 @@ def callback(guard: Guard, report: Report | None) -> Any:
         ) -> None:
             numbers = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
             guard.log(numbers, state.global_step)
-            if report and "loss" in numbers:
+            if "loss" not in numbers:
+                return
+            if report:
                 report(numbers, state.global_step, state.max_steps)
+            if stop and (sign := divergence(state.log_history, stop)):
+                control.should_save = False
+                if sign.logs >= stop.patience:
+                    raise Diverged(_told(sign, state.global_step, args.output_dir))
 
     return Watch()
+
+
+def _told(sign: Sign, step: int, folder: str) -> str:
+    found = max(
+        Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None
+    )
+    good = (
+        f"The last checkpoint from before is kept: {found}"
+        if found
+        else "No checkpoint was written before: the model that this run began from is the last good one"
+    )
+    return (
+        f"the run has diverged: {sign.seen}, at step {step}, since step {sign.since}. {good}. "
+        f"Try this: {sign.advice}; or change the rule (`stop` of the budget) if the run is sound"
+    )

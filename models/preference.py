@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.batches import PartedCollator, bucketed
+from models.encoded import encoded
 from models.frozen_vision import frozen_vision
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
@@ -24,8 +25,10 @@ from models.preference_trainer import companion, pair_size, shared_tokens
 from models.shared_prompt import difference, obstacle, shared_prompt
 from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
 from models.vlm import Encoder
+from models.watch import Counts, Work, pair_counts, watched
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
 
 TOLERANCE, TOLERANCE_HALF = 1e-3, 0.2
@@ -66,8 +69,8 @@ def train_preference(
     """
     encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
     budget = possible(budget)
-    rows, too_long = encode_pairs(encoder, pairs, budget.max_tokens)
-    if not rows:
+    rows, too_long = encoded(encode_pairs, encoder, pairs, budget.max_tokens, folder)
+    if not len(rows):
         raise TrainingError(
             f"no preference pairs to train on ({len(pairs)} given, {too_long} too long): sample more "
             "questions or paths, raise the temperature, or choose another pair rule"
@@ -88,7 +91,7 @@ def train_preference(
                     once.enter_context(shared_prompt(reference))
             trainer = _trainer(model, reference, encoder, rows, loss, budget, folder, seed, shared)
         del reference
-        trainer.add_callback(callback(guard, report))
+        trainer.add_callback(callback(guard, report, budget.stop))
         numbers = run_trainer(trainer, guard, folder)
     last: dict[str, Any] = next(
         (entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {}
@@ -97,9 +100,7 @@ def train_preference(
     return numbers | counts | {name: last[key] for name, key in _LAST.items() if key in last}
 
 
-def _shares(
-    stack: ExitStack, model: PreTrainedModel, encoder: Encoder, rows: Sequence[dict[str, Any]]
-) -> bool:
+def _shares(stack: ExitStack, model: PreTrainedModel, encoder: Encoder, rows: Dataset) -> bool:
     """Have the model share prompts while the stack is open; False, and a warning that says why, if it cannot.
 
     That its configuration allows it is not enough: log-probabilities of some pairs must be those of plain
@@ -118,14 +119,14 @@ def _shares(
     return False
 
 
-def _disagreement(model: PreTrainedModel, encoder: Encoder, rows: Sequence[dict[str, Any]]) -> str | None:
+def _disagreement(model: PreTrainedModel, encoder: Encoder, rows: Dataset) -> str | None:
     """How log-probabilities of the shortest and the longest pair differ with a shared prompt; None if not."""
     import torch
 
     if torch.cuda.is_available():  # where the trainer puts it: on the CPU a large model would take minutes
         model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
-    ordered = sorted(rows, key=lambda row: row["length"])
-    some = ordered if len(rows) < 2 else [ordered[0], ordered[-1]]
+    lengths = list(rows["length"])
+    some = [rows[lengths.index(of(lengths))] for of in (min, max)]
     plain, shared = PreferenceCollator(encoder)(some), SharedCollator(encoder)(some)
     try:
         found = difference(model, plain, shared)
@@ -141,7 +142,7 @@ def _trainer(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     encoder: Encoder,
-    rows: Sequence[dict[str, Any]],
+    rows: Dataset,
     loss: PreferenceLoss,
     budget: Budget,
     folder: str | Path,
@@ -149,12 +150,13 @@ def _trainer(
     shared: bool,
 ) -> Any:
     """The trainer; when it is made the reference has run."""
-    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     collate = (SharedCollator if shared else PreferenceCollator)(encoder)
     tokens = budget.batch_tokens
-    return companion(bucketed(DPOTrainer), collate, folder, tokens)(
+    counts = Counts(Work.of(model), pair_counts, "pairs")
+    batches = PartedCollator(collate, pair_size, shared_tokens, tokens) if tokens else collate
+    return watched(companion(bucketed(DPOTrainer), collate, folder, tokens), counts)(
         model=model,
         ref_model=reference,
         args=DPOConfig(
@@ -164,9 +166,9 @@ def _trainer(
             beta=loss.beta,
             precompute_ref_log_probs=True,
         ),
-        train_dataset=Dataset.from_list(list(rows)),
+        train_dataset=rows,
         processing_class=encoder.processor,
-        data_collator=PartedCollator(collate, pair_size, shared_tokens, tokens) if tokens else collate,
+        data_collator=counts.counted(batches),
         optimizers=(optimizer(model, budget), None),
     )
 

@@ -9,7 +9,6 @@ must say `precompute_ref_log_probs`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,24 +38,22 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
 
     class Companion(trainer):
         ref_model: Any
-        _share, _pairs, _since = 1.0, 0, 0.0
+        _share = 1.0
 
         def _prepare_dataset(self, dataset: Any, *rest: Any) -> Any:
             return dataset  # its rows are token ids already
 
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            rows = dataset.to_list()
-            key = digest(self._precompute_model_hash, rows, self.processing_class)
+            key = digest(self._precompute_model_hash, dataset, self.processing_class)
             log = ReferenceLog(folder, key, rank())
-            missing = log.missing(
-                in_parts([pair_size(row) for row in rows], shared_tokens, batch_size, batch_tokens)
-            )
+            sizes = [pair_size(row) for row in dataset]
+            missing = log.missing(in_parts(sizes, shared_tokens, batch_size, batch_tokens))
             self.accelerator.wait_for_everyone()  # before any writes, so that all have found the same missing
             if missing:
                 model = self._reference()
 
                 def compute(batch: Sequence[int]) -> tuple[list[float], list[float]]:
-                    inputs = self._prepare_inputs(collate([rows[index] for index in batch]))
+                    inputs = self._prepare_inputs(collate([dataset[index] for index in batch]))
                     chosen, rejected = self.compute_ref_log_probs(model, inputs)
                     return chosen.tolist(), rejected.tolist()
 
@@ -67,7 +64,7 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
                 log.read()
             self._free_reference()
             for column, side in (("ref_chosen_logps", 0), ("ref_rejected_logps", 1)):
-                dataset = dataset.add_column(column, [log.values[row][side] for row in range(len(rows))])
+                dataset = dataset.add_column(column, [log.values[row][side] for row in range(len(dataset))])
             return dataset
 
         def _reference(self) -> Any:
@@ -90,7 +87,6 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Any:
             parts = inputs.get("parts") or [inputs]
             pairs = [len(part["completion_mask"]) // 2 for part in parts]
-            self._pairs += sum(pairs) * self.accelerator.num_processes
             loss = 0.0
             for part, count in zip(parts, pairs, strict=True):
                 self._share = count / sum(pairs)
@@ -99,12 +95,5 @@ def companion(trainer: type, collate: Collate, folder: str | Path, batch_tokens:
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             return super().compute_loss(*args, **kwargs) * self._share
-
-        def log(self, logs: dict[str, float], *args: Any) -> None:
-            now = time.perf_counter()
-            if "loss" in logs and self._since:
-                logs["pairs_per_second"] = self._pairs / (now - self._since)
-            self._pairs, self._since = 0, now
-            super().log(logs, *args)
 
     return Companion

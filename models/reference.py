@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ Batch = Sequence[int]
 Compute = Callable[[Batch], tuple[Sequence[float], Sequence[float]]]
 
 
-def digest(model: str, rows: Sequence[dict[str, Any]], processor: ProcessorMixin) -> str:
+def digest(model: str, rows: Iterable[dict[str, Any]], processor: ProcessorMixin) -> str:
     """Hexadecimal, of what the numbers depend on. model: a digest of its weights; rows: of `encode_pairs`."""
     found = hashlib.blake2b(model.encode(), digest_size=16)
     found.update(processor.image_processor.to_json_string().encode())

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.batches import PartedCollator, bucketed, padded_tokens, parted
+from models.encoded import encoded
 from models.families import token_types
 from models.frozen_vision import frozen_vision, numbered_images
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
 from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
 from models.vlm import IGNORE, Conversation, Encoder, pad
+from models.watch import Counts, Work, sft_counts, watched
 
 if TYPE_CHECKING:
     import torch
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 def encode_rows(
     encoder: Encoder, conversations: Sequence[Conversation], max_tokens: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows {"images", "input_ids", "labels", "length"}, and how many conversations were too long
-    and left out."""
+    """Rows {"images", "input_ids", "labels", "length", "trained"}, the last the number of tokens with a loss,
+    and how many conversations were too long and left out."""
     rows, long = [], 0
     first = next((c.images for c in conversations if c.images), None)
     if first:
@@ -38,8 +40,8 @@ def encode_rows(
         if len(ids) > max_tokens:
             long += 1
             continue
-        images = list(conversation.images)
-        rows.append({"images": images, "input_ids": ids, "labels": labels, "length": len(ids)})
+        counts = {"length": len(ids), "trained": sum(label != IGNORE for label in labels)}
+        rows.append({"images": list(conversation.images), "input_ids": ids, "labels": labels, **counts})
     return rows, long
 
 
@@ -84,18 +86,17 @@ def train_sft(
     report: Report | None = None,
 ) -> dict[str, float]:
     """Train in place on the assistant texts; returns numbers of the run.
-    folder: trainer checkpoints, for resuming. images: as `Encoder` takes them, or an encoder of the same
-    processor that has met them before.
+    folder: encoded rows, and trainer checkpoints, for resuming. images: as `Encoder` takes them, or an
+    encoder of the same processor that has met them before.
 
     Raises TrainingError for an empty set and for a run that trained nothing.
     """
-    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     budget = possible(budget)
     encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
-    rows, too_long = encode_rows(encoder, conversations, budget.max_tokens)
-    if not rows:
+    rows, too_long = encoded(encode_rows, encoder, conversations, budget.max_tokens, folder)
+    if not len(rows):
         raise TrainingError(
             f"nothing to train on: {len(conversations)} conversations, "
             f"{too_long} longer than {budget.max_tokens}"
@@ -111,19 +112,19 @@ def train_sft(
         kind = parted(SFTTrainer)
     else:
         step = budget
-        tokens = sum(label != IGNORE for row in rows for label in row["labels"])
-        kind = bucketed(SFTTrainer, tokens / len(rows))
+        kind = bucketed(SFTTrainer, sum(rows["trained"]) / len(rows))
+    counts = Counts(Work.of(model), sft_counts)
     with frozen_vision(model, budget.vision_cache_mb << 20):
-        trainer = kind(
+        trainer = watched(kind, counts)(
             model=model,
             args=SFTConfig(
                 **arguments(step, Path(folder), seed, len(rows)),
                 dataset_kwargs={"skip_prepare_dataset": True},
             ),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=rows,
             processing_class=processor,
-            data_collator=collate,
-            callbacks=[callback(guard, report)],
+            data_collator=counts.counted(collate),
+            callbacks=[callback(guard, report, budget.stop)],
             optimizers=(optimizer(model, budget), None),
         )
         numbers = run_trainer(trainer, guard, folder)

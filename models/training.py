@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +19,7 @@ from models.distributed import compile_nothing, first, form, processes, whole, z
 from models.families import FamilyError, of_model
 from models.folders import drop
 from models.guard import Guard, TrainingError
+from models.stop_rules import StopRules
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ class Budget:
     gradient_checkpointing: bool = False
     train_vision: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
+    stop: StopRules | None = field(default_factory=StopRules)
 
 
 def divided(budget: Budget, count: int) -> Budget:

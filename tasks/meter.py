@@ -10,12 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 LINE_EVERY_S = 10.0
 REDRAW_EVERY_S = 0.1
 
-Advance = Callable[[int, float], None]
-"""advance(items done, work done): work is in the unit of `total`, from which the time left follows."""
+
+class Advance(Protocol):
+    """advance(items done, work done, more to say): work is in the unit of `total`, from which the time left
+    follows."""
+
+    def __call__(self, done: int, work: float, said: str = "") -> None: ...
 
 
 @contextmanager
@@ -23,27 +28,28 @@ def meter(items: str, total: float, *, clock: Callable[[], float] = time.monoton
     """Show how many `items` are done, how many a second, and how long the rest of `total` will take: at the
     rate since the first were done, which may have taken long (loading, many under way at once)."""
     start = clock()
-    last = [0, 0.0]
+    last: tuple[int, str] = (0, "")
     first: list[float] = []
 
-    def status(done: int, work: float) -> str:
+    def status(done: int, work: float, said: str) -> str:
         now = clock()
         rate = done / max(now - start, 1e-9)
         left = ""
         if first and first[1] < work < total:
             left = f", {(now - first[0]) * (total - work) / (work - first[1]):,.0f} s left"
-        return f"{done:,} {items}, {rate:,.{0 if rate >= 10 else 1}f}/s{left}"
+        return f"{done:,} {items}, {rate:,.{0 if rate >= 10 else 1}f}/s{left}{said and '; '}{said}"
 
     with _bar(total) if sys.stderr.isatty() else _lines(clock) as show:
 
-        def advance(done: int, work: float) -> None:
-            last[:] = [done, work]
+        def advance(done: int, work: float, said: str = "") -> None:
+            nonlocal last
+            last = (done, said)
             if not first and work:
                 first[:] = [clock(), work]
-            show(lambda: status(done, work), work, False)
+            show(lambda: status(done, work, said), work, False)
 
         yield advance
-        show(lambda: status(int(last[0]), float(total)), total, True)
+        show(lambda: status(last[0], float(total), last[1]), total, True)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from tasks.stage import StageError, StageRun, open_stage, settings
 @dataclass(frozen=True)
 class Params:
     """questions: of each round; samples: paths a question; stop: fewer, once there are enough right and wrong
-    ones."""
+    ones. most_cut: share of the paths that may reach max_new_tokens; beyond it the policy has run away."""
 
     prompts: str = "full"
     questions: int = 2000
@@ -29,11 +29,14 @@ class Params:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 4096
+    most_cut: float = 0.5
     chunk: int = 64
 
 
 def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, Any]:
-    """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError when no path is usable."""
+    """Write paths.jsonl and failures.jsonl; returns counts. Raises StageError when no path is usable, or
+    their length has run away."""
+    from models.agents import CUT_OFF
     from models.engines.base import derived_seed
 
     def take(row: Row) -> None:
@@ -54,6 +57,15 @@ def run(p: Params, seed: int, this: rounds.Round, stage: StageRun) -> dict[str, 
             raise StageError(
                 f"none of {outcomes.chains} sampled paths could be read: "
                 f"is {this.checkpoint} a reasoning agent?"
+            )
+        cut = outcomes.failures[CUT_OFF] / outcomes.chains
+        if cut > p.most_cut:
+            raise StageError(
+                f"{cut:.0%} of {outcomes.chains:,} sampled paths reach the limit of {p.max_new_tokens} "
+                f"tokens: {this.checkpoint} has run away in length, and pairs of what is left would teach it "
+                "more of that. Train it anew with a lower dpo.budget.learning_rate, more weight of `sft` in "
+                "dpo.loss, or score.scope `step`; if these are good chains, raise sample.max_new_tokens (or "
+                "the rule, sample.most_cut)"
             )
     return {
         "questions": len(questions),

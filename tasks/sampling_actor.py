@@ -157,7 +157,7 @@ class SamplingActor:
 
     def _chains(self, engine: JournalledEngine | WatchedEngine) -> Chains:
         work = self.work
-        return Chains(engine, work.samples, work.chain, lambda done, work: None, work.stop, None)
+        return Chains(engine, work.samples, work.chain, lambda done, work, said="": None, work.stop, None)
 
 
 def _message(error: Exception) -> str:

@@ -18,6 +18,16 @@ KEPT = (
     "mean_token_accuracy",
     "rewards/margins",
     "rewards/accuracies",
+    "rewards/chosen",
+    "rewards/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "length",
+    "trained_length",
+    "prompt_length",
+    "chosen_length",
+    "rejected_length",
+    "tokens_per_second",
     "pairs_per_second",
     "reward",
     "reward_std",
@@ -25,6 +35,20 @@ KEPT = (
     "entropy",
     "completions/mean_length",
     "completions/clipped_ratio",
+    "padding_share",
+    "data_wait_share",
+    "memory_gb",
+    "tflops",
+    "mfu",
+)
+SHOWN = (
+    ("loss", "loss {:.3f}"),
+    ("rewards/margins", "margin {:.2f}"),
+    ("reward", "reward {:.2f}"),
+    ("pairs_per_second", "{:,.1f} pairs/s"),
+    ("tokens_per_second", "{:,.0f} tokens/s"),
+    ("padding_share", "{:.0%} padding"),
+    ("mfu", "{:.0%} MFU"),
 )
 
 
@@ -35,22 +59,23 @@ def training_report(stage: StageRun, name: str) -> Iterator[Callable[[dict[str, 
 
         def report(numbers: dict[str, float], step: int, steps: int) -> None:
             if stage.first:
-                advance(step, steps)
+                said = ", ".join(form.format(numbers[key]) for key, form in SHOWN if key in numbers)
+                advance(step, steps, said)
             stage.log_metrics({f"{name}/{key}": numbers[key] for key in KEPT if key in numbers}, step=step)
 
         yield report
 
 
 @contextmanager
-def _lazy_meter(name: str) -> Iterator[Callable[[int, int], None]]:
+def _lazy_meter(name: str) -> Iterator[Callable[[int, int, str], None]]:
     """A meter that learns its total with the first report."""
     with ExitStack() as stack:
         show = None
 
-        def advance(step: int, steps: int) -> None:
+        def advance(step: int, steps: int, said: str) -> None:
             nonlocal show
             if show is None:
                 show = stack.enter_context(meter(f"steps of {name}", steps))
-            show(step, step)
+            show(step, step, said)
 
         yield advance

@@ -125,12 +125,16 @@ class OwnProcess:
                 self.report(f"starting {self.name}, {reported:.0f} s: {last[:160]}")
             time.sleep(POLL_S)
 
-    def check(self) -> None:
-        """Raises EngineError with the end of the log if the process has died. Costs one system call."""
+    def check(self, within_s: float = 0.0) -> None:
+        """Raises EngineError with the end of the log if the process has died, or dies within so many seconds.
+        Costs one system call where it need not wait."""
         watcher = self.watcher
         if watcher is None:
             raise EngineError(f"{self.name} is not running: start it")
         status = watcher.poll()
+        if status is None and within_s:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = watcher.wait(within_s)
         if status is not None:
             raise self.error(f"{self.name} {_ended(status)} after {self.elapsed_s:.0f} s")
 

@@ -27,6 +27,8 @@ from models.engines.process import POLL_S, OwnProcess, Report, say
 
 HOST = "127.0.0.1"
 HEALTH_TIMEOUT_S = 2.0
+DYING_S = 3.0
+"""Most to wait for the end of a server that answers no more."""
 
 
 def vllm_command(python: str = sys.executable) -> tuple[str, ...]:
@@ -133,8 +135,8 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if isinstance(error, Exception):
-                self.check()
+            if isinstance(error, Exception):  # a death is told a moment later than connections break
+                self._process.check(DYING_S if _status(self.url) == 0 else 0)
         finally:
             self.stop()
 

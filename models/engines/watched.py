@@ -121,6 +121,7 @@ class WatchedEngine:
         self.engine, self.budget, self.throughput = engine, budget, Throughput()
         self.capacity, self.independent = engine.capacity, engine.independent
         self.asked, self.last_failure = 0, ""
+        self._spent: EngineError | None = None
         self._clock, self._under_way, self._since = clock, 0, 0.0
 
     async def ask(self, request: Request) -> Reply:
@@ -155,9 +156,15 @@ class WatchedEngine:
             done.cached_tokens += reply.cached_tokens
             done.output_tokens += reply.tokens
             return
+        if self._spent:  # what was under way then fails with the same words
+            raise EngineError(str(self._spent))
         done.failures[reply.reason] += 1
         self.last_failure = f"{request.key}: {reply.reason} ({reply.detail})"
-        self.budget.check(done.failures, self.asked, self.last_failure)
+        try:
+            self.budget.check(done.failures, self.asked, self.last_failure)
+        except EngineError as error:
+            self._spent = error
+            raise
 
 
 def _counted(kinds: Mapping[str, int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,24 @@ def test_sample_is_on_the_policy_and_reads_the_answer_from_the_last_step(run: An
     assert numbers["paths"] == len(rows) and numbers["paths"] + numbers["failed"] == 36
     assert all(row["answer"] == row["steps"][-1]["content"] for row in rows)
     assert all(row["question_id"].startswith("rounds") for row in rows)
+
+
+def test_a_policy_that_has_run_away_in_length_ends_the_round(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.support import fake_boards
+
+    answer = fake_boards.BoardEngine.ask
+
+    async def cut(self: Any, request: Any) -> Any:
+        """Two paths of three end at the limit."""
+        reply = await answer(self, request)
+        return reply if request.key.endswith("/0") else replace(reply, finished=False)
+
+    monkeypatch.setattr(fake_boards.BoardEngine, "ask", cut)
+    with pytest.raises(StageError, match=r"67% of 36 sampled paths reach the limit of \d+ tokens: artifacts"):
+        run("sample")
+    assert not Path("artifacts/rounds/r1/sample/manifest.json").exists()
 
 
 def test_what_is_journalled_belongs_to_its_settings(workspace: Path) -> None:

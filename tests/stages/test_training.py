@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from models.batches import LengthBuckets, bucketed
+from models.encoded import CHUNK, encoded
 from models.guard import Guard, TrainingError
 from models.muon import ITERATIONS, NEWTON_SCHULZ, orthogonalised
 from models.pairs import PreferenceCollator, PreferenceExample, encode_pairs
@@ -154,6 +155,19 @@ def test_padding_changes_no_row_of_a_batch(tiny_model: Any, tiny_processor: Any)
         for row, logits in zip(rows, together, strict=True):
             alone = model(**collate([row])).logits[0]
             torch.testing.assert_close(logits[: row["length"]], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_on_disk_are_those_that_were_encoded(tiny_processor: Any, tmp_path: Path) -> None:
+    """More than are encoded at a time, of which the first have no pictures, some too long."""
+    encoder = Encoder(tiny_processor, picture)
+    long = Conversation([], [("Tell me", "a word " * 100)])
+    conversations = [Conversation([], lesson.turns) for lesson in lessons(CHUNK)] + [long] + lessons(4)
+    rows, too_long = encoded(encode_rows, encoder, conversations, 128, tmp_path)
+    expected, _ = encode_rows(encoder, conversations, 128)
+    assert too_long == 1 and len(rows) == CHUNK + 4
+    assert list(rows) == expected
+    assert rows.cache_files, "mapped from a file, not held in memory"
+    assert encoded(encode_rows, encoder, [long], 128, tmp_path)[1] == 1
 
 
 def test_vision_trains_when_told_to(sft: Any, tiny_model: Any) -> None:
