@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,17 @@ def rows(p: Mapping[str, Any], hardware: Hardware | None = None) -> list[Row]:
         epochs = section.budget.epochs
         return training(stage, base, tokens * epochs, section.lora, hardware or ONE, reference)
 
+    def grpo_round(stage: str) -> Row:
+        """At most: as if all questions were of middling difficulty."""
+        chains = s.questions * p["grpo"].group.generations
+        learning = trained(stage, p["grpo"], chains * example)
+        epochs = p["grpo"].budget.epochs
+        sampling = serving(stage, base, epochs * s.questions * _prompt(base), epochs * chains * CHAIN)
+        hours = [row.gpu_hours for row in (learning, sampling) if row.gpu_hours is not None]
+        return replace(
+            learning, read=sampling.read, written=sampling.written, gpu_hours=sum(hours) if hours else None
+        )
+
     found = [
         asked("generate", "generator", g.questions, paths, paths * (CHAIN + ANSWER)),
         asked("assess", "answer_judge", paths, 0, paths),
@@ -101,7 +112,9 @@ def rows(p: Mapping[str, Any], hardware: Hardware | None = None) -> list[Row]:
         found += [
             asked(f"sample@{name}", "reasoner", s.questions, 0, sampled * CHAIN),
             asked(f"score@{name}", "path_judge", s.questions, sampled, ANSWER * sampled),
-            trained(f"dpo@{name}", p["dpo"], 2 * pairs * example, reference=True),
+            grpo_round(f"dpo@{name}")
+            if p["rounds"][name].trainer == "grpo"
+            else trained(f"dpo@{name}", p["dpo"], 2 * pairs * example, reference=True),
         ]
     return found
 
@@ -154,7 +167,8 @@ def problems(p: Mapping[str, Any], root: Path, hardware: Hardware | None = None)
         again = "@" in row.stage and not row.stage.endswith("@r1")
         if row.trained and row.memory_gb and row.memory_gb > GPU_GB and not again:
             text = f"needs {row.memory_gb:.0f} GB for weights and optimizer, a GPU has {GPU_GB}"
-            size, lora = SIZES[base], p[row.stage.partition("@")[0]].lora
+            stage, _, name = row.stage.partition("@")
+            size, lora = SIZES[base], p[p["rounds"][name].trainer if name else stage].lora
             ways = fits(size.parameters, size.vision, lora, GPU_GB * 1e9, root)
             yield Finding("problem", row.stage, text, " or ".join(ways) or "take a smaller model")
     if not (root / "data/records.jsonl").is_file():

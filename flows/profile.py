@@ -2,7 +2,8 @@
 
     python -m flows.profile embedded --rounds 3 [--force]        # what `longview run --profile` does first
 
-Profile files say `rounds: 3`; params.yaml carries the map that DVC's `foreach` needs (no t - 1 there).
+Profile files say `rounds: 3` or, with the trainer of each, `rounds: [dpo, dpo, grpo]`; params.yaml carries
+the map that DVC's `foreach` needs (no t - 1 there).
 Comments of the embedded profile are kept. Edits made by hand in params.yaml are never lost without --force.
 """
 
@@ -14,13 +15,15 @@ import difflib
 import io
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 DEFAULT = "embedded"
+PAIRS = "dpo"
+"""The section that trains a round, unless the profile names another."""
 HEADER = """The active parameters. Edit freely: DVC reruns what an edit touches. Written from profiles/ by
     longview run --profile {name} --rounds {rounds}"""
 
@@ -34,12 +37,24 @@ def available(root: Path) -> list[str]:
     return sorted(p.stem for p in (root / "profiles").glob("*.yaml"))
 
 
-def rounds_map(count: int) -> dict[str, dict[str, Any]]:
-    """r1 starts from the reasoning agent, each later round from the one before."""
+def rounds_map(count: int, trainers: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """r1 starts from the reasoning agent, each later round from the one before. trainers: of the first
+    rounds; those after them are trained on pairs."""
     if count < 1:
         raise ProfileError(f"rounds: expected 1 or more, found {count}")
     policies = ["artifacts/reasoning_sft"] + [f"artifacts/rounds/r{t}/dpo" for t in range(1, count)]
-    return {f"r{t}": {"t": t, "policy": policy} for t, policy in enumerate(policies[:count], start=1)}
+    named = [*trainers[:count], *[PAIRS] * (count - len(trainers))]
+    return {
+        f"r{t}": {"t": t, "policy": policy, "trainer": trainer}
+        for t, (policy, trainer) in enumerate(zip(policies, named, strict=True), start=1)
+    }
+
+
+def trainers_of(rounds: Any) -> list[str]:
+    """What trains each round: of a profile (`3`, or `[dpo, dpo, grpo]`), or of the map in params.yaml."""
+    if isinstance(rounds, Mapping):
+        return [entry.get("trainer", PAIRS) for entry in rounds.values()]
+    return list(rounds) if isinstance(rounds, list) else [PAIRS] * int(rounds)
 
 
 def build(root: Path, name: str, rounds: int | None = None) -> Any:
@@ -48,8 +63,8 @@ def build(root: Path, name: str, rounds: int | None = None) -> Any:
     if name != DEFAULT:
         _merge(base, _read(root, name), f"profiles/{name}.yaml")
     base["profile"] = name
-    count = base["rounds"] if rounds is None else rounds
-    base["rounds"] = rounds_map(len(count) if isinstance(count, Mapping) else int(count))
+    trainers = trainers_of(base["rounds"])
+    base["rounds"] = rounds_map(len(trainers) if rounds is None else rounds, trainers)
     return base
 
 
@@ -124,8 +139,9 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
 def _set_rounds(path: Path, current: Any, rounds: int | None) -> list[str]:
     if rounds is None or len(current.get("rounds") or {}) == rounds:
         return []
-    changed = differences(current.get("rounds") or {}, rounds_map(rounds), "rounds.")
-    current["rounds"] = rounds_map(rounds)
+    before = current.get("rounds") or {}
+    current["rounds"] = rounds_map(rounds, trainers_of(before))
+    changed = differences(before, current["rounds"], "rounds.")
     _write(path, _dump(current))
     return changed
 

@@ -8,37 +8,47 @@ mean. No pairs are made and no reference runs; a group of equal rewards teaches 
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models.distributed import processes
+from models.engines.base import Completion, Request, Sampling, derived_seed
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
-from models.training import Budget, arguments, freeze_vision, optimizer, run_trainer
+from models.training import Budget, arguments, divided, freeze_vision, optimizer, run_trainer
 from models.vlm import Conversation, Encoder, stack_pixels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 Reward = Callable[[Sequence[int], Sequence[str]], list[float]]
-"""reward(indices of the questions, completions): a number for each completion."""
+"""reward(indices of the questions, completions): a number for each completion. The completions of a question
+stand together."""
 
 
 @dataclass(frozen=True)
 class Grpo:
     """generations: completions of a question, at least 2. loss, scale_rewards: TRL's names; the defaults are
     those of Dr. GRPO (arXiv 2503.20783, section 3), without the bias to long wrong completions and to
-    questions of nearly equal rewards. epsilon, epsilon_high: how far a probability ratio may move down and up
-    (DAPO, arXiv 2503.14476, section 3.1). There is no KL term (DAPO, section 2.3)."""
+    questions of nearly equal rewards. A completion is trained on in one step, by the policy that wrote it:
+    there is no ratio of probabilities to clip. There is no KL term (DAPO, arXiv 2503.14476, section 2.3)."""
 
     generations: int = 8
-    epsilon: float = 0.2
-    epsilon_high: float = 0.28
     max_new_tokens: int = 1024
     temperature: float = 1.0
     loss: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = "dr_grpo"
     scale_rewards: Literal["group", "batch", "none"] = "none"
+
+
+@dataclass(frozen=True)
+class Drawn(Completion):
+    """ids: of its tokens, with the one that ends it."""
+
+    ids: Sequence[int] = ()
 
 
 def train_grpo(
@@ -55,13 +65,19 @@ def train_grpo(
 ) -> dict[str, float]:
     """Train `model` in place on open prompts; returns numbers of the run.
 
-    budget.batch_size counts completions; with budget.accumulate it must hold whole groups.
+    budget.batch_size counts completions. The completions of a step in one process must be whole groups.
 
-    Raises TrainingError where there are no questions, and for a run that trained nothing: among others, one
-    in which every group had equal rewards.
+    Raises TrainingError where they are not, where there are no questions, and for a run that trained nothing:
+    among others, one in which every group had equal rewards.
     """
     from transformers import TrainerCallback
 
+    own = divided(budget, processes())
+    if own.batch_size * own.accumulate % grpo.generations:
+        raise TrainingError(
+            f"the {own.batch_size} × {own.accumulate} completions of a step are no whole groups "
+            f"of {grpo.generations}: make `batch_size` × `accumulate` a multiple in each process"
+        )
     encoder = Encoder(processor, images)
     if first := next((question.images for question in questions if question.images), None):
         encoder.prepare(first)
@@ -86,12 +102,25 @@ def train_grpo(
                     "questions of middling difficulty, more generations, or a higher temperature"
                 )
 
-    trainer.add_callback(callback(guard, report))
+    trainer.add_callback(callback(guard, report, budget.stop))
     trainer.add_callback(Learnt())
     numbers = run_trainer(trainer, guard, folder)
     rewards = _logged(trainer.state.log_history, "reward")
     counts = {"questions": len(kept), "too_long": len(questions) - len(kept)}
-    return numbers | counts | {"first_reward": rewards[0], "last_reward": rewards[-1]}
+    equal = _logged(trainer.state.log_history, "frac_reward_zero_std")
+    return (
+        numbers
+        | counts
+        | {
+            "first_reward": _mean(rewards[:5]),
+            "last_reward": _mean(rewards[-5:]),
+            "equal_groups": _mean(equal),
+        }
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _logged(history: Sequence[dict[str, Any]], key: str) -> list[float]:
@@ -127,8 +156,6 @@ def _trainer(
             max_completion_length=grpo.max_new_tokens,
             temperature=grpo.temperature,
             beta=0.0,
-            epsilon=grpo.epsilon,
-            epsilon_high=grpo.epsilon_high,
             loss_type=grpo.loss,
             scale_rewards=grpo.scale_rewards,
         ),
@@ -139,7 +166,39 @@ def _trainer(
 
 
 def _message(encoder: Encoder, question: Conversation) -> list[dict[str, str]]:
-    return [{"role": "user", "content": encoder._plain(question.turns[0][0])}]
+    return [{"role": "user", "content": encoder.plain(question.turns[0][0])}]
+
+
+def draw(
+    policy: PreTrainedModel,
+    encoder: Encoder,
+    prompts: Sequence[Conversation],
+    sampling: Sampling,
+    step: tuple[int, ...],
+) -> list[list[int]]:
+    """Token ids of a completion of each prompt, with the one that ends it; equal prompts get others. An image
+    token is never drawn: no image would stand behind it. step: what the draws hang on besides."""
+    from models.engines.local import LocalEngine
+
+    class PolicyEngine(LocalEngine):
+        def completion(self, row: Any) -> Drawn:
+            return Drawn(**vars(super().completion(row)), ids=row.new)
+
+    engine = PolicyEngine(policy, encoder.processor, encoder.open)
+    engine.encoder, engine.never = encoder, [encoder.processor.image_token_id]
+    before: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        key = repr(prompt)
+        seed = derived_seed(*step, key, before[key])
+        before[key] += 1
+        requests.append(Request(key, prompt, replace(sampling, seed=seed)))
+
+    async def ask() -> list[list[int]]:
+        replies = await asyncio.gather(*(engine.ask(request) for request in requests))
+        return [list(reply.ids) for reply in replies if isinstance(reply, Drawn)]
+
+    return asyncio.run(ask())
 
 
 def policy_trainer(encoder: Encoder, questions: Sequence[Conversation]) -> type:
@@ -152,7 +211,7 @@ def policy_trainer(encoder: Encoder, questions: Sequence[Conversation]) -> type:
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
             self._asked = [questions[row["question"]] for row in inputs]
             opened = [
-                {**row, "images": [encoder._open(name) for name in question.images]}
+                {**row, "images": [encoder.open(name) for name in question.images]}
                 for row, question in zip(inputs, self._asked, strict=True)
             ]
             return super()._generate_and_score_completions(opened)  # type: ignore[no-any-return, unused-ignore]
@@ -169,12 +228,19 @@ def policy_trainer(encoder: Encoder, questions: Sequence[Conversation]) -> type:
             return ids, pictures if any(pictures) else None, tensors
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            """Draws that seed, step and process fix, so that a resumed run draws as an uninterrupted one."""
-            import torch
+            """Tokens by our engine. Seed, step, question and sample fix the draws: a resumed run, or one of
+            several processes, draws as one that is not."""
+            from trl.models import unwrap_model_for_generation
 
-            step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
-            torch.manual_seed((self.args.seed << 32) + step)
-            return super()._generate_single_turn(*args, **kwargs)
+            gathered = self.args.ds3_gather_for_generation
+            with unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=gathered
+            ) as policy:
+                step = self.args.seed, self.state.global_step
+                sampling = Sampling(self.temperature, max_new_tokens=self.max_completion_length)
+                drawn = draw(policy, encoder, self._asked, sampling, step)
+                policy.train()
+            return drawn, None
 
         def _get_train_sampler(self, dataset: Any = None) -> Any:
             """TRL's sampler, its order fixed by seed and epoch: TRL's own starts again with the first order

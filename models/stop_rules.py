@@ -16,6 +16,8 @@ from typing import Any
 
 Log = Mapping[str, Any]
 
+SAMPLED = "completions/clipped_ratio"
+"""Logged where training samples itself: the share of completions that reach the limit of tokens."""
 WINDOW, SETTLED = 20, 5
 """Logs that a running median looks back on, and that there must be before it counts."""
 
@@ -52,6 +54,8 @@ def divergence(history: Sequence[Log], rules: StopRules) -> Sign | None:
 
 
 def _loss(logs: Sequence[Log], rules: StopRules) -> Sign | None:
+    if logs and SAMPLED in logs[-1]:
+        return None  # of a policy gradient: a number about zero, whose size says nothing
     losses = [entry["loss"] for entry in logs]
 
     def bad(index: int) -> bool:
@@ -84,11 +88,10 @@ def _chosen(logs: Sequence[Log], rules: StopRules) -> Sign | None:
 
 
 def _cut(logs: Sequence[Log], rules: StopRules) -> Sign | None:
-    key = "completions/clipped_ratio"
     return _sign(
         logs,
-        lambda index: bool(logs[index].get(key, 0) > max(rules.cut, logs[0].get(key, 0))),
-        lambda entry: f"{entry[key]:.0%} of the sampled completions reach the limit of tokens",
+        lambda index: bool(logs[index].get(SAMPLED, 0) > max(rules.cut, logs[0].get(SAMPLED, 0))),
+        lambda entry: f"{entry[SAMPLED]:.0%} of the sampled completions reach the limit of tokens",
         "lower `learning_rate`, or raise `max_new_tokens` if these are good completions",
     )
 

@@ -123,7 +123,7 @@ class Encoder:
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.family = of_processor(processor)
-        self._open = images if callable(images) else folder_images(images)
+        self.open = images if callable(images) else folder_images(images)
         self._pixels = _Kept(cache, self._process_images)
         self._placeholder = lru_cache(maxsize=KEPT_TEXTS)(self._find_placeholder)
         self._tokens = lru_cache(maxsize=KEPT_TEXTS)(self._tokenize)
@@ -168,12 +168,12 @@ class Encoder:
 
     def _tokenize(self, text: str, before: str = "", after: str = "") -> tuple[int, ...]:
         """Tokens of a text between two pieces of the chat template."""
-        text = before + self._plain(text) + after
+        text = before + self.plain(text) + after
         if self.tokenizer.is_fast:  # a tenth of the time of the call that makes a BatchEncoding
             return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         return tuple(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _plain(self, text: str) -> str:
+    def plain(self, text: str) -> str:
         """A text in which no special token can be read: a user's or a model's `<image>` is no image."""
         return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
@@ -245,14 +245,14 @@ class Encoder:
                     "call `prepare` with the images of one conversation before encoding any"
                 )
             return self._by_size[0, 0]
-        size = self._open(image).size
+        size = self.open(image).size
         if size not in self._by_size:
             self._by_size[size] = self._expanded(image)
         return self._by_size[size]
 
     def _expanded(self, image: str) -> tuple[int, ...]:
         out = self.processor(
-            text=[self.processor.image_token], images=[[self._open(image)]], add_special_tokens=False
+            text=[self.processor.image_token], images=[[self.open(image)]], add_special_tokens=False
         )
         ids = tuple(out["input_ids"][0])
         if self.processor.image_token_id not in ids:
@@ -263,7 +263,7 @@ class Encoder:
         return ids
 
     def _process_images(self, images: tuple[str, ...]) -> Mapping[str, torch.Tensor]:
-        pictures = [self._open(path) for path in images]
+        pictures = [self.open(path) for path in images]
         features = self.processor.image_processor([pictures], return_tensors="pt")
         kept = {"pixel_values", "image_grid_thw", "image_sizes"}
         return {key: value for key, value in features.items() if key in kept}

@@ -175,10 +175,12 @@ def _nearest(name: Any, known: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One preference round: its number and where its policy lies (DVC cannot compute t - 1)."""
+    """One preference round: its number, where its policy lies (DVC cannot compute t - 1), and the section
+    that trains it."""
 
     t: int
     policy: str
+    trainer: typing.Literal["dpo", "grpo"] = "dpo"
 
 
 def validate(path: str | Path = PARAMS_FILE, *, skip_missing: bool = False) -> dict[str, Any]:

@@ -29,6 +29,11 @@ JUDGE_FILE = "judge.json"
 """What kind of judge a folder of the `judge` stage holds."""
 
 
+def judge_kind(folder: str | Path) -> str:
+    """`model` or `rules`."""
+    return str(json.loads((Path(folder) / JUDGE_FILE).read_text(encoding="utf-8"))["kind"])
+
+
 @contextmanager
 def path_judge(
     folder: str | Path,
@@ -40,7 +45,7 @@ def path_judge(
     """The judge that the `judge` stage published in `folder`: a model, or rules."""
     from models.assessment import ModelJudge, RuleJudge
 
-    if json.loads((Path(folder) / JUDGE_FILE).read_text(encoding="utf-8"))["kind"] == "rules":
+    if judge_kind(folder) == "rules":
         yield RuleJudge()
         return
     checkpoint = Path(folder) / "checkpoint"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tasks import params
 
@@ -17,10 +18,12 @@ REASONING_SFT = Path("artifacts/reasoning_sft/checkpoint")
 
 @dataclass(frozen=True)
 class Round:
-    """t: 1, 2, …; policy: folder of the stage whose checkpoint this round starts from."""
+    """t: 1, 2, …; policy: folder of the stage whose checkpoint this round starts from; trainer: the section
+    of params.yaml that trains it."""
 
     t: int
     policy: str
+    trainer: Literal["dpo", "grpo"] = "dpo"
 
     @property
     def checkpoint(self) -> Path:

@@ -56,6 +56,8 @@ class LocalEngine:
         self.end = processor.tokenizer.eos_token_id
         self.pad = processor.tokenizer.pad_token_id
         self.image_token = processor.image_token_id
+        self.never: list[int] = []
+        """Tokens that are not drawn."""
         self.pool = Pool()
         self._held = HeldConversations(HELD_BYTES)
         self._waiting: list[_Row] = []
@@ -192,6 +194,8 @@ def _decode(engine: LocalEngine, rows: Sequence[_Row]) -> None:
     penalised = sampling.repetition_penalty != 1.0
     seen = pad([row.ids if penalised else [] for row in rows], engine.pad, left=True).to(device)
     for new in range(sampling.max_new_tokens):
+        if engine.never:
+            state.logits[:, engine.never] = -torch.inf
         chosen = _pick(state.logits, sampling, seeds, new, seen)
         over = (chosen == engine.end) & ~ended
         for row, token, done in zip(running.tolist(), chosen.tolist(), ended.tolist(), strict=True):

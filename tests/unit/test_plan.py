@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ def test_profiles_of_models_are_whole(name: str) -> None:
     served = (REPOSITORY / f"profiles/{name}.yaml").read_text()
     for role in (p["engines"].generator, p["engines"].answer_judge, p["engines"].path_judge):
         assert f"vllm serve {role.model} --revision " in served and f"--port {role.url[-7:-3]}" in served
-    budgets = [p[stage].budget for stage in ("reasoning_sft", "summary_sft", "dpo")]
-    assert [(b.epochs, b.learning_rate) for b in budgets] == [(2, 5e-6), (1, 1e-5), (1, 5e-7)]
+    budgets = [p[stage].budget for stage in ("reasoning_sft", "summary_sft", "dpo", "grpo")]
+    assert [(b.epochs, b.learning_rate) for b in budgets] == [(2, 5e-6), (1, 1e-5), (1, 5e-7), (1, 1e-6)]
     assert all(b.optimizer == "adamw" and b.max_tokens == 12288 and b.bf16 for b in budgets)
-    assert {p[stage].prompts for stage in ("foundation", "assess", "reasoning_sft", "dpo", "evaluate")} == {
-        "full"
-    }
+    assert {
+        p[stage].prompts for stage in ("foundation", "assess", "reasoning_sft", "dpo", "grpo", "evaluate")
+    } == {"full"}
 
 
 def test_the_papers_base_has_the_papers_numbers() -> None:
@@ -52,6 +53,18 @@ def test_estimates_are_flops_over_speed() -> None:
     assert plan.training("t", model, hour * plan.TRAINING).gpu_hours == pytest.approx(6)
     assert plan.training("t", model, hour * plan.TRAINING, reference=True).gpu_hours == pytest.approx(8)
     assert plan.training("t", "own/model", 5).gpu_hours is None
+
+
+def test_a_round_by_grpo_samples_while_it_trains() -> None:
+    p = parsed("qwen3-vl-8b")
+    later = {**p["rounds"], "r2": replace(p["rounds"]["r2"], trainer="grpo")}
+    found = {row.stage: row for row in plan.rows({**p, "rounds": later})}
+    written = p["sample"].questions * p["grpo"].group.generations * plan.CHAIN
+    assert (found["dpo@r1"].written, found["dpo@r2"].written) == (0, written)
+    assert (
+        found["dpo@r2"].gpu_hours
+        > plan.training("t", found["dpo@r2"].model, found["dpo@r2"].trained).gpu_hours
+    )
 
 
 def test_memory_is_split_between_processes_and_saved_by_adapters() -> None:

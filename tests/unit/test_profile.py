@@ -36,8 +36,8 @@ def test_overlay_changes_only_what_it_names(root: Path) -> None:
     found = params.read(root / "params.yaml")
     assert found["profile"] == "big" and found["judge"] == {"steps": 3, "rate": 1e-5}
     assert found["rounds"] == {
-        "r1": {"t": 1, "policy": "artifacts/reasoning_sft"},
-        "r2": {"t": 2, "policy": "artifacts/rounds/r1/dpo"},
+        "r1": {"t": 1, "policy": "artifacts/reasoning_sft", "trainer": "dpo"},
+        "r2": {"t": 2, "policy": "artifacts/rounds/r1/dpo", "trainer": "dpo"},
     }
 
 
@@ -57,6 +57,21 @@ def test_rounds_alone_keep_edits(root: Path) -> None:
     assert len(changed) == 1 and "r4" in changed[0]
     assert params.read(path)["judge"]["steps"] == 9
     assert profile.activate(root, None, 4) == [] and profile.activate(root) == []
+
+
+def test_a_round_names_its_trainer(root: Path) -> None:
+    def trainers() -> list[str]:
+        return [entry["trainer"] for entry in params.read(root / "params.yaml")["rounds"].values()]
+
+    (root / "profiles/mixed.yaml").write_text("rounds: [dpo, grpo]\n")
+    profile.activate(root, "mixed")
+    assert trainers() == ["dpo", "grpo"]
+    profile.activate(root, None, 3)
+    assert trainers() == ["dpo", "grpo", "dpo"]
+    path = root / "params.yaml"
+    path.write_text(path.read_text().replace("trainer: grpo", "trainer: dpo"))
+    with pytest.raises(profile.ProfileError, match=r"rounds.r2.trainer: 'grpo' -> 'dpo'"):
+        profile.activate(root, "big")
 
 
 def test_edits_that_would_be_lost_are_refused(root: Path) -> None:

@@ -40,6 +40,12 @@ def test_a_spike_a_high_start_and_late_noise_do_not_strike() -> None:
     assert strikes(logs(loss=[0.7, 0.1, 0.02, 0.01, 0.01, 0.01, 0.2, 0.3, 0.2, 0.3])) is None
 
 
+def test_the_loss_of_a_policy_gradient_tells_nothing() -> None:
+    about_zero = logs(loss=[-0.03, -0.02, -0.01, 0.0, -0.02, 0.2, 0.3, 0.2, 0.1])
+    assert strikes(about_zero)
+    assert strikes([{**log, "completions/clipped_ratio": 0.0} for log in about_zero]) is None
+
+
 def test_collapsing_chosen_completions_strike() -> None:
     lengths = [100.0] * 6
     fallen = logs(loss=[0.5] * 6, logps__chosen=[-50.0, -60, -90, -160, -170, -180], chosen_length=lengths)
