@@ -19,7 +19,7 @@ from models.distributed import processes
 from models.engines.base import Completion, Request, Sampling, derived_seed
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
-from models.training import Budget, arguments, divided, freeze_vision, optimizer, run_trainer
+from models.training import Budget, arguments, divided, freeze_vision, optimizer, quiet, run_trainer
 from models.vlm import Conversation, Encoder, stack_pixels
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def train_grpo(
     """
     from transformers import TrainerCallback
 
+    quiet()
     own = divided(budget, processes())
     if own.batch_size * own.accumulate % grpo.generations:
         raise TrainingError(

@@ -23,7 +23,7 @@ from models.images import ImageSource
 from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs
 from models.preference_trainer import companion, pair_size, shared_tokens
 from models.shared_prompt import difference, obstacle, shared_prompt
-from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
+from models.training import Budget, arguments, freeze_vision, optimizer, possible, quiet, run_trainer
 from models.vlm import Encoder
 from models.watch import Counts, Work, pair_counts, watched
 
@@ -67,6 +67,7 @@ def train_preference(
 
     Raises TrainingError where there are no pairs, and for a run that trained nothing.
     """
+    quiet()
     encoder = images if isinstance(images, Encoder) else Encoder(processor, images)
     budget = possible(budget)
     rows, too_long = encoded(encode_pairs, encoder, pairs, budget.max_tokens, folder)

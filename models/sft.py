@@ -17,7 +17,7 @@ from models.families import token_types
 from models.frozen_vision import frozen_vision, numbered_images
 from models.guard import Guard, Report, TrainingError, callback
 from models.images import ImageSource
-from models.training import Budget, arguments, freeze_vision, optimizer, possible, run_trainer
+from models.training import Budget, arguments, freeze_vision, optimizer, possible, quiet, run_trainer
 from models.vlm import IGNORE, Conversation, Encoder, pad
 from models.watch import Counts, Work, sft_counts, watched
 
@@ -91,6 +91,7 @@ def train_sft(
 
     Raises TrainingError for an empty set and for a run that trained nothing.
     """
+    quiet()
     from trl import SFTConfig, SFTTrainer
 
     budget = possible(budget)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +57,21 @@ class Budget:
     train_vision: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
     stop: StopRules | None = field(default_factory=StopRules)
+
+
+def quiet() -> None:
+    """Before TRL is imported: no progress bars of single files, no word of DeepSpeed that there is no GPU,
+    none of transformers on the padding token of a config that it builds of defaults at every save."""
+    from transformers import logging as transformers
+
+    transformers.disable_progress_bar()
+    if not _has_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("transformers.configuration_utils").addFilter(_not_of_defaults)
+
+
+def _not_of_defaults(record: logging.LogRecord) -> bool:
+    return "Model config: pad_token_id must be" not in record.getMessage()
 
 
 def divided(budget: Budget, count: int) -> Budget:

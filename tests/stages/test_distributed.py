@@ -22,7 +22,7 @@ from tasks import launch
 from tests.support import ranks
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("sft", "dpo", "dpo_sft")
+KINDS = ("sft", "dpo", "dpo_sft", "grpo")
 CLOSE, EXACT = 1e-5, 1e-6
 """Two processes add gradients in another order than one does; one does in the same, killed or not."""
 

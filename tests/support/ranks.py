@@ -12,9 +12,11 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from models.distributed import first
+from models.grpo import Grpo, train_grpo
 from models.pairs import PreferenceExample
 from models.preference import PreferenceLoss, train_preference
 from models.sft import train_sft
@@ -31,10 +33,16 @@ PAIRS = [
     )
     for n in range(12)
 ]
+GRPO = Grpo(generations=2, max_new_tokens=6)
+
+
+def share_of_e(indices: Sequence[int], completions: Sequence[str]) -> list[float]:
+    """A reward that an untrained model gets some of."""
+    return [text.count("e") / 8 for text in completions]
 
 
 def train(kind: str, folder: Path, kill_at: int | None = None) -> None:
-    """kind: sft; dpo, whose reference is the policy as it comes; or dpo_sft, with another one."""
+    """kind: sft; dpo, whose reference is the policy as it comes; dpo_sft, with another one; or grpo."""
     made = processor()
     policy, losses = model(made), []
 
@@ -45,6 +53,11 @@ def train(kind: str, folder: Path, kill_at: int | None = None) -> None:
 
     if kind == "sft":
         numbers = train_sft(policy, made, lessons(), BUDGET, folder / "steps", 7, picture, report)
+    elif kind == "grpo":
+        questions = [pair.prompt for pair in PAIRS[:4]]
+        numbers = train_grpo(
+            policy, made, questions, share_of_e, GRPO, BUDGET, folder / "steps", 7, picture, report
+        )
     else:
         reference = model(made, seed=1) if kind == "dpo_sft" else None
         loss = PreferenceLoss()
