@@ -19,17 +19,10 @@ from models.preference import PreferenceLoss, train_preference
 from models.sft import SftCollator, encode_rows, train_sft
 from models.training import Budget, arguments, freeze_vision
 from models.vlm import Conversation, Encoder
-from tests.support.tiny_vlm import lessons, picture
+from tests.support.tiny_vlm import lessons, pairs, picture
 
 BUDGET = Budget(epochs=2, batch_size=4, learning_rate=1e-3, save_steps=2)
-PAIRS = [
-    PreferenceExample(
-        Conversation([f"picture {n}"], [(f"What is the sum of row {n % 3 + 1}?", "")]),
-        f"it is {n}",
-        f"it is {n + 1} or more",
-    )
-    for n in range(6)
-]
+PAIRS = pairs(6)
 
 
 def weights(model: Any) -> dict[str, Any]:

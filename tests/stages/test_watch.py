@@ -11,23 +11,16 @@ import pytest
 from models.adapters import Lora, load_for_training
 from models.batches import PartedCollator, padded_tokens
 from models.guard import Diverged
-from models.pairs import PreferenceCollator, PreferenceExample, SharedCollator, encode_pairs
+from models.pairs import PreferenceCollator, SharedCollator, encode_pairs
 from models.preference import PreferenceLoss, train_preference
 from models.sft import SftCollator, encode_rows, row_length, train_sft
 from models.stop_rules import StopRules
 from models.training import Budget, freeze_vision
-from models.vlm import Conversation, Encoder, load, save
+from models.vlm import Encoder, load, save
 from models.watch import Counts, Work, pair_counts, sft_counts
-from tests.support.tiny_vlm import lessons, picture
+from tests.support.tiny_vlm import lessons, pairs, picture
 
-PAIRS = [
-    PreferenceExample(
-        Conversation([f"picture {n}"], [(f"What is the sum of row {n % 3 + 1}?", "")]),
-        f"it is {n}",
-        f"it is {n + 1} or more",
-    )
-    for n in range(8)
-]
+PAIRS = pairs(8)
 WORK = Work(parameters=10, trained=4, layers=2, width=8)
 
 

@@ -17,22 +17,14 @@ from pathlib import Path
 
 from models.distributed import first
 from models.grpo import Grpo, train_grpo
-from models.pairs import PreferenceExample
 from models.preference import PreferenceLoss, train_preference
 from models.sft import train_sft
 from models.training import Budget
-from models.vlm import Conversation, save
-from tests.support.tiny_vlm import lessons, model, picture, processor
+from models.vlm import save
+from tests.support.tiny_vlm import lessons, model, pairs, picture, processor
 
 BUDGET = Budget(epochs=2, batch_size=2, accumulate=2, learning_rate=1e-3, save_steps=2)
-PAIRS = [
-    PreferenceExample(
-        Conversation([f"picture {n}"], [(f"What is the sum of row {n % 3 + 1}?", "")]),
-        f"it is {n}",
-        f"it is {n + 1} or more",
-    )
-    for n in range(12)
-]
+PAIRS = pairs(12)
 GRPO = Grpo(generations=2, max_new_tokens=6)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
+from models.pairs import PreferenceExample
 from models.tiny import TinyConfig, build_model, build_processor, train_tokenizer
 from models.vlm import Conversation
 
@@ -23,6 +24,18 @@ def lessons(count: int = 12, turns: int = 2) -> list[Conversation]:
             [f"picture {n}"],
             [(f"What is the sum of row {n % 3 + 1}?", f"it is {n * 7} " + "and more " * (n % 4))]
             + [(f"Is {n} even?", "yes" if n % 2 == 0 else "no")] * (turns - 1),
+        )
+        for n in range(count)
+    ]
+
+
+def pairs(count: int) -> list[PreferenceExample]:
+    """Open questions on a picture each, with two answers."""
+    return [
+        PreferenceExample(
+            Conversation([f"picture {n}"], [(f"What is the sum of row {n % 3 + 1}?", "")]),
+            f"it is {n}",
+            f"it is {n + 1} or more",
         )
         for n in range(count)
     ]
