@@ -91,7 +91,7 @@ class Diverged(TrainingError):
     """A run that a stop rule has ended; the message says where its last good checkpoint lies."""
 
 
-def callback(guard: Guard, report: Report | None, stop: StopRules | None = None) -> Any:
+def callback(guard: Guard, report: Report | None, stop: StopRules | None = None, beta: float = 1.0) -> Any:
     """A transformers callback that feeds the guard and the report, and obeys the rules: no checkpoint while
     one is broken, Diverged once it strikes."""
     from transformers import TrainerCallback
@@ -106,7 +106,7 @@ def callback(guard: Guard, report: Report | None, stop: StopRules | None = None)
                 return
             if report:
                 report(numbers, state.global_step, state.max_steps)
-            if stop and (sign := divergence(state.log_history, stop)):
+            if stop and (sign := divergence(state.log_history, stop, beta)):
                 control.should_save = False
                 if sign.logs >= stop.patience:
                     raise Diverged(_told(sign, state.global_step, args.output_dir))

@@ -92,7 +92,7 @@ def train_preference(
                     once.enter_context(shared_prompt(reference))
             trainer = _trainer(model, reference, encoder, rows, loss, budget, folder, seed, shared)
         del reference
-        trainer.add_callback(callback(guard, report, budget.stop))
+        trainer.add_callback(callback(guard, report, budget.stop, loss.beta))
         numbers = run_trainer(trainer, guard, folder)
     last: dict[str, Any] = next(
         (entry for entry in reversed(trainer.state.log_history) if "rewards/margins" in entry), {}

@@ -20,15 +20,18 @@ SAMPLED = "completions/clipped_ratio"
 """Logged where training samples itself: the share of completions that reach the limit of tokens."""
 WINDOW, SETTLED = 20, 5
 """Logs that a running median looks back on, and that there must be before it counts."""
+RISE = 1.0
+"""Nats above the median: noise about a loss that is nearly zero is no explosion."""
 
 
 @dataclass(frozen=True)
 class StopRules:
-    """patience: logs in succession. loss: times the median of the last twenty logs, if it is above that of
-    the start, too. chosen_drop: nats a token by which preference training lowers the log-probability of the
-    chosen completions from where it began. Some fall is usual where they resemble the rejected ones
-    (likelihood displacement, arXiv 2410.08847); at one nat a token is a third as likely as it was. cut:
-    share of sampled completions that reach the limit of tokens, where training samples itself."""
+    """patience: logs in succession. loss: times the median of the last twenty logs, if it is a nat above it,
+    too. chosen_drop: nats a token by which preference training lowers the log-probability of the chosen
+    completions against the reference, from where it began. Some fall is usual where they resemble the
+    rejected ones (likelihood displacement, arXiv 2410.08847); at one nat a token is a third as likely as it
+    was. cut: by which the share of sampled completions that reach the limit of tokens rises, where training
+    samples itself."""
 
     patience: int = 3
     loss: float = 3.0
@@ -46,10 +49,12 @@ class Sign:
     advice: str
 
 
-def divergence(history: Sequence[Log], rules: StopRules) -> Sign | None:
-    """The sign of the rule that has been broken for longest up to the last log; None if none is."""
+def divergence(history: Sequence[Log], rules: StopRules, beta: float = 1.0) -> Sign | None:
+    """The sign of the rule that has been broken for longest up to the last log; None if none is. beta: what
+    preference training multiplies log-ratios by to have rewards."""
     logs = [entry for entry in history if "loss" in entry]
-    found = [sign for rule in RULES if (sign := rule(logs, rules))]
+    signs = _loss(logs, rules), _chosen(logs, rules, beta), _cut(logs, rules)
+    found = [sign for sign in signs if sign]
     return max(found, key=lambda sign: sign.logs, default=None)
 
 
@@ -61,26 +66,27 @@ def _loss(logs: Sequence[Log], rules: StopRules) -> Sign | None:
     def bad(index: int) -> bool:
         before = losses[max(0, index - WINDOW) : index]
         level = statistics.median(before) if len(before) >= SETTLED else float("inf")
-        return bool(losses[index] > max(rules.loss * level, losses[0]))
+        return bool(losses[index] > max(rules.loss * level, level + RISE))
 
     return _sign(
         logs,
         bad,
-        lambda entry: f"the loss is {entry['loss']:.3g} and began at {losses[0]:.3g}",
+        lambda entry: f"the loss is {losses[-1]:.3g} and was {min(losses):.3g}",
         "lower `learning_rate`, raise `warmup`, or look for broken records",
     )
 
 
-def _chosen(logs: Sequence[Log], rules: StopRules) -> Sign | None:
-    if not logs or not logs[0].get("chosen_length") or "logps/chosen" not in logs[0]:
+def _chosen(logs: Sequence[Log], rules: StopRules, beta: float) -> Sign | None:
+    """By the reward, which takes from each pair what the reference gives it: pairs are not alike."""
+    if not logs or not {"rewards/chosen", "chosen_length"} <= logs[0].keys():
         return None
-    each = [entry["logps/chosen"] / entry["chosen_length"] for entry in logs]
+    gained = [entry["rewards/chosen"] / beta / max(entry["chosen_length"], 1) for entry in logs]
     return _sign(
         logs,
-        lambda index: bool(each[index] < each[0] - rules.chosen_drop),
+        lambda index: bool(gained[index] < gained[0] - rules.chosen_drop),
         lambda entry: (
-            f"the log-probability of a token of the chosen completions is {each[-1]:.3g} and began at "
-            f"{each[0]:.3g}"
+            f"the log-probability of a token of the chosen completions has fallen by "
+            f"{gained[0] - gained[-1]:.2g} nats"
         ),
         "lower `learning_rate`, raise `loss.beta`, give the loss `sft` more weight, or take pairs that "
         "differ more (`score.min_margin`)",
@@ -88,15 +94,15 @@ def _chosen(logs: Sequence[Log], rules: StopRules) -> Sign | None:
 
 
 def _cut(logs: Sequence[Log], rules: StopRules) -> Sign | None:
+    shares = [entry.get(SAMPLED, 0.0) for entry in logs]
     return _sign(
         logs,
-        lambda index: bool(logs[index].get(SAMPLED, 0) > max(rules.cut, logs[0].get(SAMPLED, 0))),
-        lambda entry: f"{entry[SAMPLED]:.0%} of the sampled completions reach the limit of tokens",
+        lambda index: bool(shares[index] > shares[0] + rules.cut),
+        lambda entry: (
+            f"{shares[-1]:.0%} of the sampled completions reach the limit of tokens, at first {shares[0]:.0%}"
+        ),
         "lower `learning_rate`, or raise `max_new_tokens` if these are good completions",
     )
-
-
-RULES = (_loss, _chosen, _cut)
 
 
 def _sign(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from models.adapters import Lora, load_for_training
 from models.engines.weights import Disagreement, Probing
 from models.probe import read_probe, save_with_probe
 from tasks.engines import EngineParams
@@ -27,9 +28,9 @@ PLAIN_RELOAD = ["--worker-extension-cls", "argparse.Namespace"]
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_processor: Any) -> Path:
-    """Two checkpoints with tied embeddings, and two adapters of the first, each with its probe."""
+    """Two checkpoints with tied embeddings, and two adapters of the first as a training stage makes them,
+    each with its probe."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
     folder = tmp_path_factory.mktemp("checkpoints")
     for seed in (0, 1):
@@ -37,12 +38,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_processor: Any) -
         assert model.config.tie_word_embeddings
         save_with_probe(model, tiny_processor, folder / f"r{seed}")
     for seed in (0, 1):
-        model = tiny_vlm.lively(tiny_vlm.model(tiny_processor, 0))
-        model.name_or_path = str(folder / "r0")
-        torch.manual_seed(seed)
-        layers = r".*text_model.*(q_proj|v_proj|down_proj)"
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=layers, init_lora_weights=False)
-        save_with_probe(get_peft_model(model, config), tiny_processor, folder / f"adapter{seed}")
+        adapted, processor = load_for_training(folder / "r0", Lora(rank=8, alpha=16), seed)
+        with torch.no_grad():
+            for name, weight in adapted.named_parameters():
+                if ".lora_B." in name:  # zero until it trains
+                    weight.normal_(std=0.1)
+        save_with_probe(adapted, processor, folder / f"adapter{seed}")
     return folder
 
 

@@ -23,7 +23,7 @@ def logs(**columns: list[float]) -> list[dict[str, Any]]:
 def strikes(history: list[dict[str, Any]]) -> Sign | None:
     """The sign at the log at which training would stop."""
     for end in range(1, len(history) + 1):
-        sign = divergence(history[:end], RULES)
+        sign = divergence(history[:end], RULES, beta=0.1)
         if sign and sign.logs >= RULES.patience:
             return sign
     return None
@@ -31,7 +31,10 @@ def strikes(history: list[dict[str, Any]]) -> Sign | None:
 
 def test_a_loss_that_explodes_strikes_with_its_beginning() -> None:
     sign = strikes(logs(loss=[2.0, 1.0, 0.9, 0.8, 0.8, 0.7, 6.0, 7.0, 9.0]))
-    assert sign and sign.since == 70 and "began at 2" in sign.seen and "learning_rate" in sign.advice
+    assert sign and sign.since == 70 and "is 9 and was 0.7" in sign.seen and "learning_rate" in sign.advice
+    below_the_start = [5 / (n + 1) for n in range(20)] + [4.9] * 3
+    sign = strikes(logs(loss=below_the_start))
+    assert sign and sign.since == 210
 
 
 def test_a_spike_a_high_start_and_late_noise_do_not_strike() -> None:
@@ -40,31 +43,25 @@ def test_a_spike_a_high_start_and_late_noise_do_not_strike() -> None:
     assert strikes(logs(loss=[0.7, 0.1, 0.02, 0.01, 0.01, 0.01, 0.2, 0.3, 0.2, 0.3])) is None
 
 
-def test_the_loss_of_a_policy_gradient_tells_nothing() -> None:
-    about_zero = logs(loss=[-0.03, -0.02, -0.01, 0.0, -0.02, 0.2, 0.3, 0.2, 0.1])
-    assert strikes(about_zero)
-    assert strikes([{**log, "completions/clipped_ratio": 0.0} for log in about_zero]) is None
+def test_the_loss_of_a_policy_gradient_says_nothing() -> None:
+    about_zero = [1e-3, -2e-3, 1e-3, 2e-3, 1e-3, 3.0, 4.0, 5.0]
+    assert strikes(logs(loss=about_zero, completions__clipped_ratio=[0.1] * 8)) is None
 
 
 def test_collapsing_chosen_completions_strike() -> None:
     lengths = [100.0] * 6
-    fallen = logs(loss=[0.5] * 6, logps__chosen=[-50.0, -60, -90, -160, -170, -180], chosen_length=lengths)
+    fallen = logs(loss=[0.5] * 6, rewards__chosen=[0.0, -1, -4, -11, -12, -13], chosen_length=lengths)
     sign = strikes(fallen)
-    assert sign and sign.since == 40 and "is -1.8 and began at -0.5" in sign.seen
-    usual = logs(loss=[0.5] * 6, logps__chosen=[-50.0, -60, -80, -90, -95, -99], chosen_length=lengths)
+    assert sign and sign.since == 40 and "fallen by 1.3 nats" in sign.seen
+    usual = logs(loss=[0.5] * 6, rewards__chosen=[0.0, -1, -4, -5, -6, -7], chosen_length=lengths)
     assert strikes(usual) is None
 
 
-def test_completions_of_other_lengths_are_no_collapse() -> None:
-    longer = logs(loss=[0.5] * 5, logps__chosen=[-50.0, -250, -250, -250, -250],
-                  chosen_length=[100.0, 500, 500, 500, 500])  # fmt: skip
-    assert strikes(longer) is None
-
-
-def test_completions_that_reach_the_limit_strike_unless_they_did_at_the_start() -> None:
+def test_completions_that_reach_the_limit_strike_where_they_did_not_before() -> None:
     name = "completions__clipped_ratio"
-    assert strikes(logs(loss=[0.5] * 5, **{name: [0.1, 0.4, 0.7, 0.8, 0.9]}))
-    assert strikes(logs(loss=[0.5] * 5, **{name: [0.9, 0.9, 0.8, 0.8, 0.9]})) is None
+    sign = strikes(logs(loss=[0.5] * 5, **{name: [0.1, 0.4, 0.7, 0.8, 0.9]}))
+    assert sign and sign.since == 30 and "90%" in sign.seen
+    assert strikes(logs(loss=[0.5] * 5, **{name: [0.6, 0.62, 0.7, 0.9, 0.9]})) is None
 
 
 def test_the_end_of_a_run_is_no_log() -> None:
