@@ -23,7 +23,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from pydantic import Field
 
-from flows import data, pipeline, profile, recovery
+from flows import data, pipeline, profile, recovery, versions
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
@@ -52,6 +52,7 @@ EXPECTED = (
     recovery.BusyError,
     ParamsError,
     TrackingError,
+    versions.VersionError,
 )
 
 
@@ -64,6 +65,8 @@ class Summary:
     restored: list[str]
     skipped: list[str]
     pushed: int
+    tag: str | None
+    """Of the run as a version (flows/versions.py). None: no git repository, or `until` was given."""
 
 
 @flow(name="retrain", persist_result=False)
@@ -98,9 +101,17 @@ def retrain(
             check_nothing_stale(str(root), names)
             executed = len(walk.did("skipped")) < len(stages)
             pushed = push(str(root)) if executed or held.get("unfinished") else 0
+            tag = None
+            if until is None:  # half a pipeline is no version
+                facts = versions.Facts(
+                    version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
+                )
+                tag = record(str(root), facts)
             publish(root, parent.opened)
             write_note(root, unfinished=None)
-        return asdict(Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed))
+        return asdict(
+            Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
+        )
 
 
 def prepare(root: Path, name: str | None, rounds: int | None, *, force: bool = False) -> None:
@@ -162,6 +173,14 @@ def check_nothing_stale(root: str, names: list[str]) -> None:
 def push(root: str) -> int:
     """`dvc push`: every version that this run made, to the default remote."""
     return pipeline.push(Path(root))
+
+
+@task(cache_policy=NO_CACHE, persist_result=False)
+def record(root: str, facts: versions.Facts) -> str | None:
+    """The run as a git commit and tag, once its files are in the remote."""
+    made = versions.record(Path(root), facts)
+    say(f"version: {made.tag}" if made else "no git repository: the run has no version")
+    return made.tag if made else None
 
 
 def publish(root: Path, run_id: str | None) -> None:
