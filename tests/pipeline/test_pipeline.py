@@ -5,6 +5,7 @@ python -m pytest tests/pipeline -m pipeline
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.support import dvc_deps
@@ -34,14 +36,30 @@ def environment() -> dict[str, str]:
 
 
 def longview(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
-        cwd=clone,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    """The command, with its output in files: a pipe would wait for whatever it left behind."""
+    with (clone / ".git/stdout").open("w+") as out, (clone / ".git/stderr").open("w+") as err:
+        command = [sys.executable, "-m", "flows.cli", *arguments]
+        process = subprocess.Popen(command, cwd=clone, env=environment(), stdout=out, stderr=err)
+        try:
+            status = process.wait(timeout=900)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            logs = sorted((clone / ".work/logs").glob("*.log"), key=lambda log: log.stat().st_mtime)
+            newest = f"{logs[-1].name}: {logs[-1].read_text()[-3000:]}" if logs else "no stage began"
+            pytest.fail(f"`longview {' '.join(arguments)}` took more than 900 s; {newest}")
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(command, status, out.read(), err.read())
+
+
+def left_behind(clone: Path) -> list[list[str]]:
+    """Processes of the clone that are still there."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if Path(process.cwd()).is_relative_to(clone):
+                found.append(process.cmdline())
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +88,7 @@ def finished(clone: Path) -> Path:
     """The clone after one run of the tiny profile."""
     done = longview(clone, "run", "--profile", "tiny", "--force")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    assert not left_behind(clone)
     return clone
 
 
