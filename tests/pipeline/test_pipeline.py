@@ -17,10 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support import dvc_deps
+from tests.support import commands, dvc_deps
 from tests.support.imports import REPOSITORY
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.timeout(1000)]
 
 MISSING = [
     module
@@ -36,20 +36,8 @@ def environment() -> dict[str, str]:
 
 
 def longview(clone: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command, with its output in files: a pipe would wait for whatever it left behind."""
-    with (clone / ".git/stdout").open("w+") as out, (clone / ".git/stderr").open("w+") as err:
-        command = [sys.executable, "-m", "flows.cli", *arguments]
-        process = subprocess.Popen(command, cwd=clone, env=environment(), stdout=out, stderr=err)
-        try:
-            status = process.wait(timeout=900)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            logs = sorted((clone / ".work/logs").glob("*.log"), key=lambda log: log.stat().st_mtime)
-            newest = f"{logs[-1].name}: {logs[-1].read_text()[-3000:]}" if logs else "no stage began"
-            pytest.fail(f"`longview {' '.join(arguments)}` took more than 900 s; {newest}")
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess(command, status, out.read(), err.read())
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return commands.run(command, cwd=clone, env=environment(), timeout_s=900)
 
 
 def left_behind(clone: Path) -> list[list[str]]:

@@ -19,7 +19,7 @@ from models import distributed
 from models.guard import TrainingError
 from models.training import divided
 from tasks import launch
-from tests.support import ranks
+from tests.support import commands, ranks
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("sft", "dpo", "dpo_sft", "grpo")
@@ -32,13 +32,11 @@ def in_two(folder: Path, kind: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     options = ["--config_file", "hardware/2cpu-zero3.yaml"]
     environment = {name: v for name, v in os.environ.items() if not name.startswith(("PYTEST", "MASTER"))}
-    return subprocess.run(
+    return commands.run(
         [*command, *options, "-m", "tests.support.ranks", str(folder), kind],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
+        env=environment | {"OMP_NUM_THREADS": "1", launch.STARTED: "1"},
+        timeout_s=240,
     )
 
 
@@ -78,6 +76,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_that_split_the_weights_train_what_one_does(alone: Path, tmp_path: Path) -> None:
     """One run is killed: what goes on is a checkpoint in the middle of its first epoch."""
     killed = in_two(tmp_path, "dpo_sft=3")

@@ -21,6 +21,7 @@ from models.preference import PreferenceLoss, train_preference
 from models.sft import train_sft
 from models.training import Budget
 from models.vlm import save
+from tasks import launch
 from tests.support.tiny_vlm import lessons, model, pairs, picture, processor
 
 BUDGET = Budget(epochs=2, batch_size=2, accumulate=2, learning_rate=1e-3, save_steps=2)
@@ -62,5 +63,6 @@ def train(kind: str, folder: Path, kill_at: int | None = None) -> None:
 
 
 if __name__ == "__main__":
+    launch.spread()  # so that it ends with its launcher, as a stage does
     kind, _, kill_at = sys.argv[2].partition("=")
     train(kind, Path(sys.argv[1]) / kind, int(kill_at) if kill_at else None)
