@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.commands import data, doctor, run, servers, status
+from flows.commands import data, doctor, explain, gc, run, servers, status
 
 app = typer.Typer(
     name="longview",
@@ -24,6 +24,8 @@ app.command()(status.report)
 app.command()(servers.up)
 app.command()(servers.down)
 app.command()(doctor.doctor)
+app.command()(explain.explain)
+app.command()(gc.gc)
 app.add_typer(data.app, name="data")
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ COMMANDS = [
     ["up"],
     ["down"],
     ["doctor"],
+    ["explain"],
+    ["gc"],
     ["data", "import"],
     ["data", "check"],
 ]

@@ -1,0 +1,100 @@
+"""What MLflow's registry holds, for the commands that ask where a model came from or what must be kept.
+
+python -m flows.registered        # every registered version, its aliases and the md5s of its checkpoints
+"""
+
+from __future__ import annotations
+
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class RegistryUnknown(RuntimeError):
+    """The registry could not be asked."""
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A registered version. `checkpoints`: what the agent is for -> DVC's md5 of its checkpoint."""
+
+    model: str
+    number: str
+    generation: str
+    aliases: tuple[str, ...]
+    checkpoints: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        """`longview version 3 (champion)`."""
+        return f"{self.model} version {self.number}" + (
+            f" ({', '.join(self.aliases)})" if self.aliases else ""
+        )
+
+
+def client(root: Path) -> Any | None:
+    """MLflow's client, also where LONGVIEW_TRACKING=off (that stops recording, not looking).
+
+    None: this checkout has no store yet. Raises RegistryUnknown where there is one that cannot be asked.
+    """
+    from tasks import tracking
+
+    with chdir(root):
+        uri = tracking.tracking_uri()
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+            return None
+        try:
+            return tracking.client()
+        except Exception as error:  # a database's or a server's own: all mean the same here
+            raise RegistryUnknown(f"MLflow at {uri} cannot be asked: {error}") from error
+
+
+def versions(found: Any | None) -> list[Registered]:
+    """Every registered version of every model that Longview promoted. Raises RegistryUnknown."""
+    if found is None:
+        return []
+    try:
+        models = [model for page in _pages(found.search_registered_models) for model in page]
+        return [
+            _registered(version, {a: str(v) for a, v in model.aliases.items()})
+            for model in models
+            for page in _pages(found.search_model_versions, f"name = '{model.name}'")
+            for version in page
+        ]
+    except Exception as error:
+        raise RegistryUnknown(f"MLflow's registry cannot be asked: {error}") from error
+
+
+def _pages(search: Any, *arguments: str) -> Any:
+    token = None
+    while True:
+        page = search(*arguments, page_token=token)
+        yield page
+        token = page.token
+        if not token:
+            return
+
+
+def _registered(version: Any, aliases: dict[str, str]) -> Registered:
+    tags = version.tags
+    named = {"reasoning": tags.get("checkpoint_md5"), "summary": tags.get("summary_md5")}
+    return Registered(
+        model=version.name,
+        number=str(version.version),
+        generation=tags.get("generation", ""),
+        aliases=tuple(sorted(a for a, number in aliases.items() if number == str(version.version))),
+        checkpoints={role: md5 for role, md5 in named.items() if md5},
+    )
+
+
+def main() -> None:
+    """Print the registry."""
+    from flows.environment import root
+
+    for version in versions(client(root())):
+        print(version.name, version.generation, version.checkpoints)
+
+
+if __name__ == "__main__":
+    main()
