@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows import devices, notify
+from flows import automations, devices
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -38,7 +38,7 @@ class Options:
     """None keeps what is registered, at first what prefect.yaml says; `off` removes it.
 
     cron: when `retrain` starts. watch_s: seconds between two looks for new data. infrastructure: process,
-    docker or kubernetes. image: what containers run. gpus: devices of a worker.
+    docker or kubernetes, at first process. image: what containers run. gpus: devices of a worker.
     """
 
     cron: str | None = None
@@ -46,7 +46,7 @@ class Options:
     watch_s: int | None = None
     drop: str | None = None
     notify: str | None = None
-    infrastructure: str = "process"
+    infrastructure: str | None = None
     image: str | None = None
     gpus: int | None = None
 
@@ -87,45 +87,60 @@ def deploy(root: Path, options: Options) -> Report:
     """Register everything; say what changed. Raises DeployError."""
     from prefect.client.orchestration import get_client
 
-    report, entries = Report(), read(root)
+    report, manifest = Report(), read(root)
     with get_client(sync_client=True) as client:
-        pool = make_pool(client, root, options, report)
+        kind = options.infrastructure or infrastructure_of(client)
+        make_pool(client, root, kind, report)
         for name in devices.names(options.gpus or devices.count()):
             make_slot(client, name, report)
-        for entry in entries:
-            register(
-                client, specification(root, entry, pool, options), entry.get("triggers", []), options, report
-            )
+        for entry in manifest["deployments"]:
+            wanted = specification(root, entry, manifest["pull"], kind)
+            register(client, wanted, entry.get("triggers", []), options, report)
         if options.notify == OFF:
-            report.add("notifications", "removed" if notify.switch_off(client) else "unchanged")
+            report.add("notifications", "removed" if automations.switch_off(client) else "unchanged")
         elif options.notify:
             try:
                 report.add(
-                    "notifications", "changed" if notify.switch_on(client, options.notify) else "unchanged"
+                    "notifications",
+                    "changed" if automations.switch_on(client, options.notify) else "unchanged",
                 )
             except ValueError as error:
                 raise DeployError(f"--notify: {error}") from None
     return report
 
 
-def read(root: Path) -> list[dict[str, Any]]:
-    """The deployments of prefect.yaml. Raises DeployError."""
+def read(root: Path) -> dict[str, Any]:
+    """prefect.yaml. Raises DeployError."""
     from ruamel.yaml import YAML
 
     path = root / FILE
     if not path.is_file():
         raise DeployError(f"{path} does not exist: it names the deployments")
-    return list(YAML(typ="safe").load(path.read_text(encoding="utf-8"))["deployments"])
+    return YAML(typ="safe").load(path.read_text(encoding="utf-8"))
 
 
-def make_pool(client: SyncPrefectClient, root: Path, options: Options, report: Report) -> str:
-    """The work pool of this kind of infrastructure; returns its name."""
+def pool_of(kind: str) -> str:
+    """The name of the work pool of a kind of infrastructure."""
+    return POOL if kind == "process" else f"{POOL}-{kind}"
+
+
+def infrastructure_of(client: SyncPrefectClient) -> str:
+    """What runs are started as now."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        pool = client.read_deployment_by_name("retrain/retrain").work_pool_name
+    except ObjectNotFound:
+        return "process"
+    return next((kind for kind in TEMPLATES if pool == pool_of(kind)), "process")
+
+
+def make_pool(client: SyncPrefectClient, root: Path, kind: str, report: Report) -> None:
+    """The work pool of this kind of infrastructure."""
     from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectNotFound
 
-    kind = options.infrastructure
-    name = POOL if kind == "process" else f"{POOL}-{kind}"
-    template = template_of(root, kind)
+    name, template = pool_of(kind), template_of(root, kind)
     try:
         known = client.read_work_pool(name)
     except ObjectNotFound:
@@ -133,14 +148,13 @@ def make_pool(client: SyncPrefectClient, root: Path, options: Options, report: R
             WorkPoolCreate(name=name, type=kind, base_job_template=template, concurrency_limit=POOL_RUNS)
         )
         report.add(f"work pool {name}", "created")
-        return name
+        return
     if known.base_job_template == template and known.concurrency_limit == POOL_RUNS:
         report.add(f"work pool {name}", "unchanged")
     else:
         update = WorkPoolUpdate(base_job_template=template, concurrency_limit=POOL_RUNS)
         client.update_work_pool(name, update)
         report.add(f"work pool {name}", "changed")
-    return name
 
 
 def template_of(root: Path, kind: str) -> dict[str, Any]:
@@ -165,16 +179,13 @@ def make_slot(client: SyncPrefectClient, name: str, report: Report) -> None:
         report.add(f"slot {name}", "created")
 
 
-def specification(root: Path, entry: dict[str, Any], pool: str, options: Options) -> dict[str, Any]:
+def specification(root: Path, entry: dict[str, Any], pull: list[dict[str, Any]], kind: str) -> dict[str, Any]:
     """What `client.create_deployment` is told of an entry of prefect.yaml, as `prefect deploy` would."""
     from prefect.flows import load_flow_from_entrypoint
     from prefect.utilities.callables import parameter_schema
 
     flow: Any = load_flow_from_entrypoint(entry["entrypoint"], use_placeholder_flow=False)
     limit = entry.get("concurrency_limit") or {}
-    process = options.infrastructure == "process"
-    place = str(root) if process else INSIDE
-    variables = {"working_dir": place} if process else {"image": options.image} if options.image else {}
     return {
         "flow_name": flow.name,
         "name": entry["name"],
@@ -185,12 +196,18 @@ def specification(root: Path, entry: dict[str, Any], pool: str, options: Options
         "schedules": [_schedule(**schedule) for schedule in entry.get("schedules", [])],
         "concurrency_limit": limit.get("limit"),
         "collision_strategy": limit.get("collision_strategy"),
-        "work_pool_name": pool,
-        "job_variables": variables,
-        "pull_steps": [{"prefect.deployments.steps.set_working_directory": {"directory": place}}],
+        "work_pool_name": pool_of(kind),
+        "job_variables": job_variables(root, kind),
+        "pull_steps": pull,
         "parameter_openapi_schema": parameter_schema(flow).model_dump(exclude_unset=True),
         "enforce_parameter_schema": True,
     }
+
+
+def job_variables(root: Path, kind: str) -> dict[str, Any]:
+    """Where runs find the checkout; the rest is in the pool's base job template."""
+    places = {"process": {"working_dir": str(root)}, "docker": {"volumes": [f"{root}:{INSIDE}"]}}
+    return places.get(kind, {})
 
 
 def _schedule(**values: Any) -> dict[str, Any]:
@@ -240,6 +257,9 @@ def adopt(wanted: dict[str, Any], known: Any, options: Options) -> None:
     if known is not None:
         wanted["schedules"] = _schedules(known)
         wanted["parameters"] = {**wanted["parameters"], **known.parameters}
+    image = options.image or (known.job_variables.get("image") if known is not None else None)
+    if image and wanted["work_pool_name"] != POOL:
+        wanted["job_variables"]["image"] = image
     if wanted["name"] == "retrain" and options.cron:
         off = options.cron == OFF
         wanted["schedules"] = [] if off else [_schedule(cron=options.cron, timezone=options.timezone)]
@@ -272,18 +292,17 @@ def trigger(client: SyncPrefectClient, identity: Any, wanted: list[dict[str, Any
     from prefect.events import DeploymentEventTrigger
 
     owner = f"prefect.deployment.{identity}"
-    known = {a.name: a for a in client.read_resource_related_automations(owner) if a.owner_resource == owner}
+    known = {automation.name: automation for automation in client.read_resource_related_automations(owner)}
     for specified in wanted:
         event = DeploymentEventTrigger(**specified)
         event.set_deployment_id(identity)
         automation = event.as_automation()
-        found = known.pop(automation.name, None)
+        found = known.get(automation.name)
         if found is None:
             client.create_automation(automation)
-        elif not notify.same(found, automation):
+        elif not automations.same(found, automation):
             client.update_automation(found.id, automation)
-        did = "created" if found is None else "unchanged" if notify.same(found, automation) else "changed"
+        did = (
+            "created" if found is None else "unchanged" if automations.same(found, automation) else "changed"
+        )
         report.add(f"trigger '{automation.name}'", did)
-    for left in known.values():
-        client.delete_automation(left.id)
-        report.add(f"trigger '{left.name}'", "removed")

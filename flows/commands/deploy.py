@@ -35,7 +35,9 @@ Notify = Annotated[
     str | None,
     typer.Option("--notify", help="Webhook or Apprise URL to send summaries and failures to; `off`."),
 ]
-On = Annotated[Infrastructure, typer.Option("--on", help="What a run is started as.")]
+On = Annotated[
+    Infrastructure | None, typer.Option("--on", help="What a run is started as, at first a process.")
+]
 Image = Annotated[
     str | None, typer.Option("--image", help="Container image, with --on docker or kubernetes.")
 ]
@@ -50,7 +52,7 @@ def deploy(
     watch: Watch = None,
     drop: Drop = None,
     notify: Notify = None,
-    on: On = Infrastructure.process,
+    on: On = None,
     image: Image = None,
     gpus: Gpus = None,
 ) -> None:
@@ -75,7 +77,7 @@ def deploy(
 
     if drop and drop != deployments.OFF:
         drop = str(Path(drop).expanduser().resolve())
-    options = deployments.Options(cron, timezone, watch, drop, notify, on.value, image, gpus)
+    options = deployments.Options(cron, timezone, watch, drop, notify, on and on.value, image, gpus)
     try:
         typer.echo(f"Prefect: {deployments.server().removesuffix('/api')}")
         report = deployments.deploy(root(), options)
