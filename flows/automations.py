@@ -8,6 +8,7 @@ templates over the event, the flow run and its flow.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,14 +88,17 @@ def block_for(url: str) -> NotificationBlock:
     Raises ValueError if `url` is none of these.
     """
     from prefect.blocks.notifications import CustomWebhookNotificationBlock, SlackWebhook
+    from prefect.types import SecretDict
     from pydantic import SecretStr
 
-    if url.startswith(("https://", "http://")) and "hooks.slack" not in url:
+    if url.startswith(("https://", "http://")) and not url.startswith("https://hooks.slack"):
         return CustomWebhookNotificationBlock(
             name=BLOCK,
             url="{{url}}",
             json_data={"text": "{{subject}}\n{{body}}"},
-            secrets={"url": url},
+            headers=None,
+            cookies=None,
+            secrets=SecretDict({"url": url}),
         )
     from apprise import Apprise
 
@@ -110,15 +114,15 @@ def automations(block_id: Any) -> list[AutomationCore]:
     from prefect.events.actions import SendNotification
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    ours = {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)}
+    ours: dict[str, str | list[str]] = {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)}
     return [
         AutomationCore(
             name=message.name,
             description="made by `longview deploy --notify`",
             trigger=EventTrigger(
                 expect=set(message.expect),
-                match={"prefect.resource.id": message.match},  # type: ignore[arg-type]
-                match_related=ours if message.of_flows else {},  # type: ignore[arg-type]
+                match={"prefect.resource.id": message.match},
+                match_related=ours if message.of_flows else {},
                 posture=Posture.Reactive,
                 threshold=1,
             ),
@@ -156,10 +160,9 @@ def switch_off(client: SyncPrefectClient) -> bool:
 
 def _saved(block: NotificationBlock) -> tuple[Any, bool]:
     """The id of the block on the server, saved if it is new or another; and whether it was."""
-    try:
+    known: Any = None
+    with suppress(ValueError):  # none of that name and kind
         known = type(block).load(BLOCK)
-    except ValueError:
-        known = None
     fields = set(type(block).model_fields)
     if known is not None and known.model_dump(include=fields) == block.model_dump(include=fields):
         return known._block_document_id, False
@@ -169,5 +172,5 @@ def _saved(block: NotificationBlock) -> tuple[Any, bool]:
 def same(found: Any, wanted: AutomationCore) -> bool:
     """Whether the server has the automation as it is wanted."""
     fields = {"name", "description", "enabled", "trigger", "actions"}
-    made = {"trigger": {"id"}, "actions": {"__all__": {"id"}}}
+    made: dict[str, Any] = {"trigger": {"id"}, "actions": {"__all__": {"id"}}}
     return found.model_dump(include=fields, exclude=made) == wanted.model_dump(include=fields, exclude=made)

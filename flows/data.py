@@ -32,7 +32,8 @@ def version(root: Path) -> str | None:
 
 def kind(root: Path) -> str:
     """`boards` (can be rebuilt) or `import`."""
-    return str((_pointer(root).get("meta") or {}).get("kind", "boards"))
+    pointer = _pointer(root)
+    return str((pointer.get("meta") or {}).get("kind", "import" if pointer.get("deps") else "boards"))
 
 
 def is_current(root: Path) -> bool:

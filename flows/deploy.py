@@ -206,8 +206,12 @@ def specification(root: Path, entry: dict[str, Any], pull: list[dict[str, Any]],
 
 def job_variables(root: Path, kind: str) -> dict[str, Any]:
     """Where runs find the checkout; the rest is in the pool's base job template."""
-    places = {"process": {"working_dir": str(root)}, "docker": {"volumes": [f"{root}:{INSIDE}"]}}
-    return places.get(kind, {})
+    places: dict[str, dict[str, Any]] = {
+        "process": {"working_dir": str(root)},
+        "docker": {"volumes": [f"{root}:{INSIDE}"]},
+        "kubernetes": {},
+    }
+    return places[kind]
 
 
 def _schedule(**values: Any) -> dict[str, Any]:

@@ -20,10 +20,14 @@ COMPARISON, DECISION = Path("artifacts/compare/comparison.json"), Path("artifact
 class Done(Protocol):
     """What a run did (flows.retrain.Summary)."""
 
-    data_version: str
-    ran: list[str]
-    restored: list[str]
-    tag: str | None
+    @property
+    def data_version(self) -> str: ...
+    @property
+    def ran(self) -> list[str]: ...
+    @property
+    def restored(self) -> list[str]: ...
+    @property
+    def tag(self) -> str | None: ...
 
 
 def finished(root: Path, done: Done, seconds: float) -> None:

@@ -76,7 +76,8 @@ def deploy(
     from flows.environment import root
 
     if drop and drop != deployments.OFF:
-        drop = str(Path(drop).expanduser().resolve())
+        folder = Path(drop).expanduser().resolve()  # inside the checkout containers see it, too
+        drop = str(folder.relative_to(root()) if folder.is_relative_to(root()) else folder)
     options = deployments.Options(cron, timezone, watch, drop, notify, on and on.value, image, gpus)
     try:
         typer.echo(f"Prefect: {deployments.server().removesuffix('/api')}")

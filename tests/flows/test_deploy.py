@@ -169,7 +169,7 @@ def test_good_data_is_imported_announced_and_trained_on(deployed: Path, tmp_path
     assert not (again["imported"] or again["refused"] or again["announced"])
 
 
-def test_a_copy_that_goes_on_is_left_alone(deployed: Path, tmp_path: Path) -> None:
+def test_a_copy_that_goes_on_is_left_alone(project: Path, tmp_path: Path) -> None:
     from flows.data_watch import data_watch
 
     folder = make_source(tmp_path / "drop/slow")
@@ -182,41 +182,41 @@ def test_a_copy_that_goes_on_is_left_alone(deployed: Path, tmp_path: Path) -> No
 
     copier = threading.Thread(target=copy)
     copier.start()
-    look = data_watch(str(folder.parent), settled_s=0.3)
+    look = data_watch.fn(str(folder.parent), settled_s=0.3)
     done.set()
     copier.join()
     assert look["unfinished"] == ["slow"] and not look["imported"] and folder.is_dir()
 
 
-def test_data_stays_as_it_is_while_a_run_goes_on(deployed: Path, tmp_path: Path) -> None:
+def test_data_stays_as_it_is_while_a_run_goes_on(project: Path, tmp_path: Path) -> None:
     from flows import recovery
     from flows.data_watch import data_watch
 
     folder = make_source(tmp_path / "drop/next")
-    with recovery.exclusive(deployed):
-        assert data_watch(str(folder.parent), settled_s=0)["busy"]
+    with recovery.exclusive(project):
+        assert data_watch.fn(str(folder.parent), settled_s=0)["busy"]
     assert folder.is_dir()
 
 
-def test_a_changed_url_is_imported_if_it_can_be_used(deployed: Path, tmp_path: Path) -> None:
+def test_a_changed_url_is_imported_if_it_can_be_used(project: Path, tmp_path: Path) -> None:
     from flows import data
     from flows.data_watch import data_watch
 
     source = make_source(tmp_path / "source")
-    shutil.rmtree(deployed / "data")
-    (deployed / "data.dvc").unlink()
-    data.dvc(deployed, "import-url", "--quiet", str(source), "data")
-    first = data_watch()["version"]
-    assert not data_watch()["updated"]
+    shutil.rmtree(project / "data")
+    (project / "data.dvc").unlink()
+    data.dvc(project, "import-url", "--quiet", str(source), "data")
+    first = data_watch.fn()["version"]
+    assert not data_watch.fn()["updated"]
     records = (source / "records.jsonl").read_text()
     (source / "records.jsonl").write_text(records.replace('"2"', '"3"'))
-    second = data_watch()
+    second = data_watch.fn()
     assert second["updated"] and second["announced"] and second["version"] != first
     (source / "records.jsonl").write_text("nonsense\n")
-    refused = data_watch()
+    refused = data_watch.fn()
     assert "data.dvc" in refused["refused"] and refused["version"] == second["version"]
-    assert '"3"' in (deployed / "data/records.jsonl").read_text()
-    assert not data_watch()["refused"], "once is enough"
+    assert '"3"' in (project / "data/records.jsonl").read_text()
+    assert not data_watch.fn()["refused"], "once is enough"
 
 
 def test_a_run_for_another_data_version_refuses(deployed: Path) -> None:
@@ -327,12 +327,32 @@ def test_a_worker_runs_what_is_asked_for(deployed: Path, prefect_server: str) ->
     assert executed(deployed) == ["first"]
 
 
-def test_without_a_server_deploy_says_how_to_get_one(deployed: Path) -> None:
-    environment = {k: v for k, v in flow_environment(deployed).items() if k != "PREFECT_API_URL"}
-    environment["PREFECT_HOME"] = str(deployed / ".work/prefect")
-    command = [sys.executable, "-m", "flows.cli", "deploy"]
-    done = subprocess.run(command, cwd=deployed, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "longview up" in done.stderr and "PREFECT_API_URL" in done.stderr
-    environment["PREFECT_API_URL"] = "http://127.0.0.1:9/api"
-    done = subprocess.run(command, cwd=deployed, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and "does not answer" in done.stderr
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [(None, "longview up, then longview deploy"), ("http://127.0.0.1:9/api", "does not answer")],
+)
+def test_without_a_server_deploy_says_how_to_get_one(deployed: Path, url: str | None, said: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    with temporary_settings({PREFECT_API_URL: url}):
+        done = CliRunner().invoke(app, ["deploy"])
+    assert done.exit_code == 1 and said in done.output
+
+
+def test_the_command_says_what_it_did(deployed: Path) -> None:
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    (deployed / "inbox").mkdir()
+    done = CliRunner().invoke(app, ["deploy", "--cron", "0 3 * * *", "--drop", "inbox", "--gpus", "1"])
+    assert done.exit_code == 0, done.output
+    assert "retrain/retrain" in done.output and "created" in done.output and "longview worker" in done.output
+    assert read("data-watch").parameters == {"drop": "inbox"}
+    wrong = CliRunner().invoke(app, ["deploy", "--cron", "at night"])
+    assert wrong.exit_code == 1 and "at night" in wrong.output
+    wrong = CliRunner().invoke(app, ["deploy", "--notify", "phone"])
+    assert wrong.exit_code == 1 and "Apprise" in wrong.output
