@@ -11,15 +11,21 @@ server, nothing is held.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from pathlib import Path
+from uuid import UUID
+
+from flows.environment import work
 
 PREFIX = "gpu-"
 LEASE_S = 60.0
-"""A slot is free again this long after its holder was killed; the least that Prefect allows."""
-SERVER_AWAY_S = 600.0
+"""A slot is free again this long after its machine died; the least that Prefect allows."""
+SERVER_AWAY_S, POLL_S = 600.0, 1.0
+NOTE = "gpu-lease"
 WITHOUT = frozenset({"instruct", "curate", "compare", "promote", "report"})
 """Stages that neither sample nor train. A stage not named here takes a slot: better wait than share."""
 
@@ -48,50 +54,76 @@ def seen(limits: Sequence[str], environment: Mapping[str, str] = os.environ) -> 
 
 
 @contextmanager
-def held(stage: str, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Hold the slots of `stage` for the length of the block, waiting for them as long as it takes."""
+def held(stage: str, root: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold the slots of `stage` for the length of the block, waiting for them as long as it takes.
+
+    Prefect's own `concurrency` does not name its lease; ours is noted in .work, so that the run after one
+    that was killed gives it back at once.
+    """
+    lease = None if stage.partition("@")[0] in WITHOUT else _acquire(stage, root, say)
+    if lease is None:
+        yield
+        return
+    done = threading.Event()
+    context = copy_context()  # Prefect's settings
+    keeper = threading.Thread(target=context.run, args=(_keep, lease, done), daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        done.set()
+        keeper.join()
+        _release(root, lease)
+
+
+def _acquire(stage: str, root: Path, say: Callable[[str], None]) -> UUID | None:
+    """The lease on the slots, None if there are no limits; a server that restarts is waited for."""
     import httpx
-
-    with ExitStack() as stack:
-        if stage.partition("@")[0] not in WITHOUT:
-            _acquire(stack, stage, say)
-        try:
-            yield
-        finally:
-            with suppress(httpx.HTTPError):  # the server is away: the lease runs out by itself
-                stack.close()
-
-
-def _acquire(stack: ExitStack, stage: str, say: Callable[[str], None]) -> None:
-    """Take the slots; a server that restarts is waited for."""
-    import httpx
-    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
-    from prefect.concurrency.sync import concurrency
-
-    deadline = time.monotonic() + SERVER_AWAY_S
-    while True:
-        try:
-            limits = _limits()
-            wanted = seen([limit.name for limit in limits])
-            if not wanted:
-                return
-            if any(limit.active_slots >= limit.limit for limit in limits if limit.name in wanted):
-                say(f"{stage}: waits for {', '.join(wanted)}, which a stage of another run holds")
-            slots = concurrency(
-                wanted, strict=True, lease_duration=LEASE_S, raise_on_lease_renewal_failure=False
-            )
-            stack.enter_context(slots)
-            return
-        except (httpx.TransportError, ConcurrencySlotAcquisitionError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(2)
-
-
-def _limits() -> list[Any]:
-    """The GPU limits of the server in use."""
     from prefect.client.orchestration import get_client
 
-    with get_client(sync_client=True) as client:
-        found = client.read_global_concurrency_limits(limit=200)
-    return sorted((limit for limit in found if limit.name.startswith(PREFIX)), key=lambda limit: limit.name)
+    note, waiting, deadline = work(NOTE, base=root), False, time.monotonic() + SERVER_AWAY_S
+    if note.is_file():  # one run at a time here: who wrote it is gone
+        _release(root, UUID(note.read_text(encoding="utf-8")))
+    while True:
+        try:
+            with get_client(sync_client=True) as client:
+                limits = client.read_global_concurrency_limits(limit=200)
+                wanted = seen(sorted(limit.name for limit in limits if limit.name.startswith(PREFIX)))
+                if not wanted:
+                    return None
+                given = client.increment_concurrency_slots_with_lease(wanted, 1, "concurrency", LEASE_S)
+            lease = UUID(given.json()["lease_id"])
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.write_text(str(lease), encoding="utf-8")
+            return lease
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.LOCKED:
+                raise
+            if not waiting:
+                say(f"{stage}: waits for {', '.join(wanted)}, which a stage of another run holds")
+            waiting, deadline = True, time.monotonic() + SERVER_AWAY_S
+        except httpx.TransportError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(POLL_S)
+
+
+def _keep(lease: UUID, done: threading.Event) -> None:
+    """Renew the lease until it is no longer needed. A stage goes on though its server is away."""
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    while not done.wait(LEASE_S / 4):
+        with suppress(httpx.HTTPError), get_client(sync_client=True) as client:
+            client.renew_concurrency_lease(lease, LEASE_S)
+
+
+def _release(root: Path, lease: UUID) -> None:
+    """Give the slots back; a lease that is unknown is given back already."""
+    import httpx
+    from prefect.client.orchestration import get_client
+
+    with suppress(httpx.HTTPError):  # the server is away: the lease runs out by itself
+        with get_client(sync_client=True) as client:
+            client.release_concurrency_slots_with_lease(lease)
+        work(NOTE, base=root).unlink(missing_ok=True)

@@ -103,7 +103,7 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
     began = time.monotonic()
     try:
-        with devices.held(stage):
+        with devices.held(stage, root):
             status = terminal.run(command, log=log, cwd=root, environment=environment, timeout_s=timeout_s)
     except terminal.TimedOut as error:
         raise StageFailed(_message(stage, root, log, str(error))) from None

@@ -169,7 +169,7 @@ def test_good_data_is_imported_announced_and_trained_on(deployed: Path, tmp_path
     assert not (again["imported"] or again["refused"] or again["announced"])
 
 
-def test_a_copy_that_goes_on_is_left_alone(project: Path, tmp_path: Path) -> None:
+def test_a_copy_that_goes_on_is_left_alone(project: Path, prefect_server: str, tmp_path: Path) -> None:
     from flows.data_watch import data_watch
 
     folder = make_source(tmp_path / "drop/slow")
@@ -188,7 +188,7 @@ def test_a_copy_that_goes_on_is_left_alone(project: Path, tmp_path: Path) -> Non
     assert look["unfinished"] == ["slow"] and not look["imported"] and folder.is_dir()
 
 
-def test_data_stays_as_it_is_while_a_run_goes_on(project: Path, tmp_path: Path) -> None:
+def test_data_stays_as_it_is_while_a_run_goes_on(project: Path, prefect_server: str, tmp_path: Path) -> None:
     from flows import recovery
     from flows.data_watch import data_watch
 
@@ -198,7 +198,9 @@ def test_data_stays_as_it_is_while_a_run_goes_on(project: Path, tmp_path: Path) 
     assert folder.is_dir()
 
 
-def test_a_changed_url_is_imported_if_it_can_be_used(project: Path, tmp_path: Path) -> None:
+def test_a_changed_url_is_imported_if_it_can_be_used(
+    project: Path, prefect_server: str, tmp_path: Path
+) -> None:
     from flows import data
     from flows.data_watch import data_watch
 
@@ -273,14 +275,16 @@ def test_the_summary_says_what_came_out_and_what_to_do(deployed: Path) -> None:
     ]
 
 
-def test_stages_of_two_runs_do_not_share_a_device(deployed: Path) -> None:
+def test_stages_of_two_runs_do_not_share_a_device(deployed: Path, tmp_path: Path) -> None:
     from flows import devices
 
     deploy(deployed)
     order, said = [], []
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / ".work").mkdir(parents=True)
 
     def hold() -> None:
-        with devices.held("dpo@r1"):
+        with devices.held("dpo@r1", elsewhere):
             order.append("first")
             time.sleep(1)
             order.append("first done")
@@ -288,12 +292,37 @@ def test_stages_of_two_runs_do_not_share_a_device(deployed: Path) -> None:
     other = threading.Thread(target=hold)
     other.start()
     wait_for(lambda: order)
-    with devices.held("compare"):  # neither samples nor trains
+    with devices.held("compare", deployed):  # neither samples nor trains
         order.append("compare")
-    with devices.held("sample@r1", said.append):
+    with devices.held("sample@r1", deployed, said.append):
         order.append("second")
     other.join()
     assert order == ["first", "compare", "first done", "second"] and "gpu-0, gpu-1" in said[0]
+
+
+def test_a_killed_run_does_not_keep_its_device(deployed: Path, prefect_server: str) -> None:
+    from flows import devices
+
+    deploy(deployed)
+    code = (
+        "from pathlib import Path\nfrom flows import devices\n"
+        "with devices.held('dpo', Path.cwd()):\n    print('held', flush=True)\n    input()"
+    )
+    environment = {**flow_environment(deployed), "PREFECT_API_URL": prefect_server}
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=deployed,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert killed.stdout and killed.stdout.readline() == b"held\n"
+    killed.kill()
+    killed.communicate()
+    said: list[str] = []
+    with devices.held("dpo", deployed, said.append):
+        assert not said and (deployed / ".work" / devices.NOTE).is_file()
+    assert not (deployed / ".work" / devices.NOTE).exists()
 
 
 @pytest.mark.parametrize(
