@@ -140,13 +140,7 @@ def switch_on(client: SyncPrefectClient, url: str) -> bool:
     document, changed = _saved(block)
     for wanted in automations(document):
         found = client.read_automations_by_name(wanted.name)
-        if found and same(found[0], wanted):
-            continue
-        changed = True
-        if found:
-            client.update_automation(found[0].id, wanted)
-        else:
-            client.create_automation(wanted)
+        changed |= put(client, wanted, found[0] if found else None) != "unchanged"
     return changed
 
 
@@ -169,8 +163,15 @@ def _saved(block: NotificationBlock) -> tuple[Any, bool]:
     return block.save(BLOCK, overwrite=True), True
 
 
-def same(found: Any, wanted: AutomationCore) -> bool:
-    """Whether the server has the automation as it is wanted."""
+def put(client: SyncPrefectClient, wanted: AutomationCore, found: Any) -> str:
+    """Create the automation, or change the one `found` if it differs; one switched off stays off."""
+    if found is None:
+        client.create_automation(wanted)
+        return "created"
     fields = {"name", "description", "enabled", "trigger", "actions"}
     made: dict[str, Any] = {"trigger": {"id"}, "actions": {"__all__": {"id"}}}
-    return found.model_dump(include=fields, exclude=made) == wanted.model_dump(include=fields, exclude=made)
+    wanted = wanted.model_copy(update={"enabled": found.enabled})
+    if found.model_dump(include=fields, exclude=made) == wanted.model_dump(include=fields, exclude=made):
+        return "unchanged"
+    client.update_automation(found.id, wanted)
+    return "changed"

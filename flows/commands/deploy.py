@@ -74,15 +74,16 @@ def deploy(
 
     from flows import deploy as deployments
     from flows.environment import root
+    from flows.registration import OFF, DeployError, Options
 
-    if drop and drop != deployments.OFF:
+    if drop and drop != OFF:
         folder = Path(drop).expanduser().resolve()  # inside the checkout containers see it, too
         drop = str(folder.relative_to(root()) if folder.is_relative_to(root()) else folder)
-    options = deployments.Options(cron, timezone, watch, drop, notify, on and on.value, image, gpus)
+    options = Options(cron, timezone, watch, drop, notify, on and on.value, image, gpus)
     try:
         typer.echo(f"Prefect: {deployments.server().removesuffix('/api')}")
         report = deployments.deploy(root(), options)
-    except deployments.DeployError as error:
+    except DeployError as error:
         _stop(error)
     for name, did in report.lines:
         typer.echo(f"{name:36} {did}")
@@ -100,10 +101,11 @@ def worker(
     """
     from flows import deploy as deployments
     from flows.environment import root
+    from flows.registration import POOL, DeployError
 
     try:
         deployments.server()
-    except deployments.DeployError as error:
+    except DeployError as error:
         _stop(error)
     os.chdir(root())
     command = [
@@ -113,7 +115,7 @@ def worker(
         "worker",
         "start",
         "--pool",
-        deployments.POOL,
+        POOL,
         "--type",
         "process",
     ]

@@ -66,8 +66,9 @@ def wait_for(what: Callable[[], Any], timeout_s: float = 30) -> Any:
 def deploy(root: Path, **options: Any) -> dict[str, str]:
     """What `longview deploy` does, by name."""
     from flows import deploy
+    from flows.registration import Options
 
-    return dict(deploy.deploy(root, deploy.Options(gpus=2, **options)).lines)
+    return dict(deploy.deploy(root, Options(gpus=2, **options)).lines)
 
 
 def read(name: str) -> Any:
@@ -119,6 +120,22 @@ def test_deploying_twice_changes_nothing(deployed: Path) -> None:
     off = deploy(deployed, cron="off", drop="off")
     assert off["retrain/retrain"] == off["data-watch/data-watch"] == "changed"
     assert not read("retrain").schedules and not read("data-watch").parameters
+
+
+def test_what_was_switched_off_in_the_ui_stays_off(deployed: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    deploy(deployed, cron="0 3 * * *")
+    retrain = read("retrain")
+    with get_client(sync_client=True) as client:
+        client.update_deployment_schedule(retrain.id, retrain.schedules[0].id, active=False)
+        (trigger,) = client.read_resource_related_automations(f"prefect.deployment.{retrain.id}")
+        client.pause_automation(trigger.id)
+        assert set(deploy(deployed).values()) == {"unchanged"}
+        deploy(deployed, infrastructure="docker")
+        deploy(deployed, infrastructure="process")
+        assert not client.read_automation(trigger.id).enabled
+    assert not read("retrain").schedules[0].active
 
 
 def test_prefect_deploy_registers_the_same(deployed: Path, prefect_server: str) -> None:
