@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from flows.data_watch import REFUSAL, RESOURCE
@@ -21,19 +22,23 @@ if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
 
 BLOCK = "longview"
-FLOWS = ("retrain", "data-watch", "rollback", "compare")
+FLOWS = ("retrain", "rollback", "compare")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One automation: its name, the events it waits for, whose they are, and what it sends (Jinja)."""
+    """One automation: its name, the events it waits for, whose they are, and what it sends (Jinja).
+
+    flows: names of those whose runs it tells of. once_in: after it has sent, it is silent for so long.
+    """
 
     name: str
     expect: frozenset[str]
     match: str
     subject: str
     body: str
-    of_flows: bool = False
+    flows: tuple[str, ...] = ()
+    once_in: timedelta = timedelta(0)
 
 
 PROBLEM = (
@@ -59,7 +64,16 @@ MESSAGES = (
         "prefect.flow-run.*",
         "Longview: {{ flow.name }} failed",
         "\n".join([PROBLEM, ADVICE, WHERE]),
-        of_flows=True,
+        FLOWS,
+    ),
+    Message(
+        "longview data-watch failed",
+        frozenset({"prefect.flow-run.Failed"}),
+        "prefect.flow-run.*",
+        "Longview: looking for new data fails",
+        "\n".join([PROBLEM, WHERE]),
+        ("data-watch",),
+        once_in=timedelta(hours=12),  # it fails every five minutes until the cause is gone
     ),
     Message(
         "longview run crashed",
@@ -69,7 +83,7 @@ MESSAGES = (
         "\n".join(
             [PROBLEM, "next: `longview run` continues where it stopped; so does the next schedule", WHERE]
         ),
-        of_flows=True,
+        FLOWS,
     ),
     Message(
         "longview data refused",
@@ -114,7 +128,6 @@ def automations(block_id: Any) -> list[AutomationCore]:
     from prefect.events.actions import SendNotification
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
-    ours: dict[str, str | list[str]] = {"prefect.resource.role": "flow", "prefect.resource.name": list(FLOWS)}
     return [
         AutomationCore(
             name=message.name,
@@ -122,9 +135,10 @@ def automations(block_id: Any) -> list[AutomationCore]:
             trigger=EventTrigger(
                 expect=set(message.expect),
                 match={"prefect.resource.id": message.match},
-                match_related=ours if message.of_flows else {},
+                match_related=_of(message.flows),
                 posture=Posture.Reactive,
                 threshold=1,
+                within=message.once_in,
             ),
             actions=[
                 SendNotification(block_document_id=block_id, subject=message.subject, body=message.body)
@@ -132,6 +146,11 @@ def automations(block_id: Any) -> list[AutomationCore]:
         )
         for message in MESSAGES
     ]
+
+
+def _of(flows: tuple[str, ...]) -> dict[str, str | list[str]]:
+    """What an event must be related to."""
+    return {"prefect.resource.role": "flow", "prefect.resource.name": list(flows)} if flows else {}
 
 
 def switch_on(client: SyncPrefectClient, url: str) -> bool:

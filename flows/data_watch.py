@@ -156,9 +156,9 @@ def take(root: Path, drop: Path, settled_s: float, max_bad_share: float, look: L
         time.sleep(settled_s)
     for folder, before in first.items():
         reason = problem(folder)
-        if snapshot(folder) != before:
+        if not before or snapshot(folder) != before:
             look.unfinished.append(folder.name)
-            say(f"{folder.name}: still changing, looked at again next time")
+            say(f"{folder.name}: empty or still changing, looked at again next time")
             continue
         if reason is None:
             try:

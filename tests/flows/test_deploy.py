@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,12 @@ def test_deploying_twice_changes_nothing(deployed: Path) -> None:
     assert not read("retrain").schedules and not read("data-watch").parameters
 
 
+def test_a_schedule_makes_runs(deployed: Path) -> None:
+    deploy(deployed, cron="0 3 * * *")
+    run = wait_for(lambda: runs("retrain"))[0]
+    assert run.auto_scheduled and run.next_scheduled_start_time.hour == 3
+
+
 def test_what_was_switched_off_in_the_ui_stays_off(deployed: Path) -> None:
     from prefect.client.orchestration import get_client
 
@@ -190,6 +197,8 @@ def test_a_copy_that_goes_on_is_left_alone(project: Path, prefect_server: str, t
     from flows.data_watch import data_watch
 
     folder = make_source(tmp_path / "drop/slow")
+    (tmp_path / "drop/begun").mkdir()
+    os.utime(tmp_path / "drop/begun", (0, 0))
     done = threading.Event()
 
     def copy() -> None:
@@ -202,7 +211,7 @@ def test_a_copy_that_goes_on_is_left_alone(project: Path, prefect_server: str, t
     look = data_watch.fn(str(folder.parent), settled_s=0.3)
     done.set()
     copier.join()
-    assert look["unfinished"] == ["slow"] and not look["imported"] and folder.is_dir()
+    assert look["unfinished"] == ["begun", "slow"] and not look["imported"] and folder.is_dir()
 
 
 def test_data_stays_as_it_is_while_a_run_goes_on(project: Path, prefect_server: str, tmp_path: Path) -> None:
@@ -250,7 +259,8 @@ def test_a_run_for_another_data_version_refuses(deployed: Path) -> None:
 
 
 def test_runs_are_told_of(deployed: Path, inbox: tuple[str, list[dict[str, Any]]]) -> None:
-    from flows import notify
+    from flows import data
+    from flows.data_watch import data_watch
     from flows.retrain import retrain
     from flows.stage import StageFailed
 
@@ -267,8 +277,15 @@ def test_runs_are_told_of(deployed: Path, inbox: tuple[str, list[dict[str, Any]]
     (failed,) = wait_for(lambda: texts(received))
     assert "retrain failed" in failed and "stage 'side': ended with status" in failed
     assert "what to do: the disk is full" in failed and len(failed) < 700
+    received.clear()
+    for _ in range(2):
+        with pytest.raises(data.DataError):
+            data_watch(drop="nowhere")
+    retrain(until="first", seed=3)
+    (looking, *others) = wait_for(lambda: len(received) > 1 and texts(received))
+    assert "the drop folder nowhere does not exist" in looking
+    assert len(others) == 1 and "a run finished" in others[0], "it is told of once"
     assert deploy(deployed, notify="off")["notifications"] == "removed"
-    assert notify.FINISHED == "longview.run.finished"
 
 
 def test_the_summary_says_what_came_out_and_what_to_do(deployed: Path) -> None:
