@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.commands import data, doctor, run, servers, status
+from flows.commands import data, doctor, model, run, servers, status
 
 app = typer.Typer(
     name="longview",
@@ -25,6 +25,7 @@ app.command()(servers.up)
 app.command()(servers.down)
 app.command()(doctor.doctor)
 app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
 
 if __name__ == "__main__":
     app()
