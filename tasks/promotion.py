@@ -99,7 +99,7 @@ def settle(
             version,
             f"{version.title} stays down ({no.how}, {no.who}, {no.when[:10]}: {no.reason})",
         )
-    if approval is None or any(change.after == version.number for change in registry.history()):
+    if approval is None or (version.awaiting is None and _was_champion(registry, version)):
         over = _opponent(registry, decision)
         promote(registry, version, "gate", decision["reason"], over=over)
         return Outcome("champion", version, f"{version.title} is champion: {decision['reason']}")
@@ -272,6 +272,10 @@ def _opponent(registry: Registry, decision: Mapping[str, Any]) -> str:
     agents = decision.get("opponent_agents")
     found = registry.with_agents(Agents(**agents)) if agents else None
     return found.number if found else BASE
+
+
+def _was_champion(registry: Registry, version: Version) -> bool:
+    return any(change.after == version.number for change in registry.history())
 
 
 def _note(registry: Registry, change: Change) -> None:

@@ -184,7 +184,7 @@ def _check_checkpoints(root: Path, registry: Registry, version: Version) -> None
         run = version.tags.get("run")
         worktree = f"`git worktree add ../then {run}`, there " if run else ""
         _stop(
-            f"{version.title}: the {' and '.join(lost)} checkpoint is neither in DVC's cache nor the remote.\n"
+            f"{version.title}: neither DVC's cache nor the remote has the {' and '.join(lost)} checkpoint.\n"
             "Where the run was made, `dvc push` brings it to the remote; "
             f"else {worktree}`dvc repro` trains it again."
         )
