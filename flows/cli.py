@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.commands import data, deploy, doctor, run, servers, status
+from flows.commands import data, deploy, doctor, model, run, servers, status
 
 app = typer.Typer(
     name="longview",
@@ -27,6 +27,7 @@ app.command()(deploy.deploy)
 app.command()(deploy.worker)
 app.command()(doctor.doctor)
 app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
 
 if __name__ == "__main__":
     app()

@@ -24,14 +24,13 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from flows import data, notify, pipeline, profile, recovery, versions
+from flows import approval, data, notify, pipeline, profile, recovery, versions
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
 from flows.parent_run import parent_run, read_note, write_note
 from flows.stage import DAY_S, StageFailed
 from flows.walk import Walk, say
-from tasks import params
 from tasks.params import ParamsError
 from tasks.tracking import TrackingError
 
@@ -112,19 +111,20 @@ def retrain(
                 parent.id()  # goes on
             walk = Walk(root, stages, parent, stage_timeout_s)
             walk_all(walk)
-            if "promote" in walk.did("restored"):
-                apply_decision()
             check_nothing_stale(str(root), names)
             executed = len(walk.did("skipped")) < len(stages)
             pushed = push(str(root)) if executed or held.get("unfinished") else 0
-            tag = None
+            made = None
             if until is None:  # half a pipeline is no version
                 facts = versions.Facts(
                     version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
                 )
-                tag = record(str(root), facts)
+                made = record(str(root), facts)
+            if "promote" in names:
+                approval.settle(root, made)
             publish(root, parent.opened)
             write_note(root, unfinished=None)
+        tag = made.tag if made else None
         done = Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
         if executed:
             notify.finished(root, done, time.monotonic() - began)
@@ -172,14 +172,6 @@ def ensure_data(root: str) -> str:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def apply_decision() -> None:
-    """The alias in MLflow as a decision says that DVC restored from its cache."""
-    from tasks import promote
-
-    say(promote.apply_written(params.load("promote", promote.Params))["reason"])
-
-
-@task(cache_policy=NO_CACHE, persist_result=False)
 def check_nothing_stale(root: str, names: list[str]) -> None:
     """`--single-item` does not look upstream, so look once at the end."""
     stale = pipeline.pending(Path(root), names)
@@ -197,11 +189,11 @@ def push(root: str) -> int:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def record(root: str, facts: versions.Facts) -> str | None:
+def record(root: str, facts: versions.Facts) -> versions.RunVersion | None:
     """The run as a git commit and tag, once its files are in the remote."""
     made = versions.record(Path(root), facts)
     say(f"version: {made.tag}" if made else "no git repository: the run has no version")
-    return made.tag if made else None
+    return made
 
 
 def publish(root: Path, run_id: str | None) -> None:
