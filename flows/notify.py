@@ -55,7 +55,10 @@ def summary(root: Path, done: Done, seconds: float) -> list[str]:
     ]
     decision = _read(root / DECISION) if decided else None
     if not decision:
-        return [*lines, "next: `longview status` shows what is left to run"]
+        return [
+            *lines,
+            "next: `longview report`" if done.tag else "next: `longview status` says what is left",
+        ]
     return [*lines, *_outcome(decision, _read(root / COMPARISON))]
 
 

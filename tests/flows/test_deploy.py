@@ -124,9 +124,14 @@ def test_deploying_twice_changes_nothing(deployed: Path) -> None:
 
 
 def test_a_schedule_makes_runs(deployed: Path) -> None:
+    """As the server's scheduler makes them, which a temporary server does not start."""
+    from prefect.client.orchestration import get_client
+
     deploy(deployed, cron="0 3 * * *")
-    run = wait_for(lambda: runs("retrain"))[0]
-    assert run.auto_scheduled and run.next_scheduled_start_time.hour == 3
+    with get_client(sync_client=True) as client:
+        path = {"id": str(read("retrain").id)}
+        client.request("POST", "/deployments/{id}/schedule", path_params=path, json={"min_runs": 1})
+    assert runs("retrain")[0].next_scheduled_start_time.hour == 3
 
 
 def test_what_was_switched_off_in_the_ui_stays_off(deployed: Path) -> None:
@@ -281,7 +286,7 @@ def test_runs_are_told_of(deployed: Path, inbox: tuple[str, list[dict[str, Any]]
     for _ in range(2):
         with pytest.raises(data.DataError):
             data_watch(drop="nowhere")
-    retrain(until="first", seed=3)
+    retrain(until="dpo@r1")
     (looking, *others) = wait_for(lambda: len(received) > 1 and texts(received))
     assert "the drop folder nowhere does not exist" in looking
     assert len(others) == 1 and "a run finished" in others[0], "it is told of once"
