@@ -171,7 +171,7 @@ def paused() -> Any:
                 with suppress(ObjectNotFound, HTTPStatusError):
                     schema = client.read_flow_run_input(each.id, "paused-approval-schema")
                     text = client.read_flow_run_input(each.id, "paused-approval-description")
-                    return each, schema, text
+                    return each, json.loads(schema), json.loads(text)
             time.sleep(0.2)
     raise AssertionError("no run is paused")
 
@@ -193,7 +193,7 @@ def answer(decision: str) -> tuple[str, str, str]:
         wrong = client.resume_flow_run(found.id, run_input={"decision": "perhaps", "reason": "", "who": "Bo"})
         right = {"decision": decision, "reason": "looked at forty", "who": "Bo"}
         client.resume_flow_run(found.id, run_input=right)
-    return str(wrong.status), json.dumps(schema), str(text)
+    return str(wrong.status), json.dumps(schema), text
 
 
 def test_a_person_approves_on_the_form(gated: Path) -> None:
