@@ -235,8 +235,6 @@ def test_nobody_answers_and_the_default_is_taken(gated: Path) -> None:
 
 
 def test_a_wait_outlives_the_run_and_takes_the_answer_left_for_it(gated: Path, prefect_server: str) -> None:
-    from flows import approval
-
     with_approval(gated)
     environment = {**flow_environment(gated), "LONGVIEW_TRACKING": "on", "PREFECT_API_URL": prefect_server}
     with (gated / "control/flow.log").open("ab") as log:
@@ -247,11 +245,13 @@ def test_a_wait_outlives_the_run_and_takes_the_answer_left_for_it(gated: Path, p
     flow.wait()
     shown = longview("status").output
     assert "waits     version 1 (multi_agent)" in shown and "keep if nobody decides before" in shown
-    run()  # finishes the killed one, and does not ask again
-    waiting = registry().waiting()
-    assert waiting and waiting.awaiting.run == str(found.id) and registry().champion() is None
-    assert "version 1 (multi_agent) is champion" in longview("model", "approve", "--reason", "fine").output
-    assert approval.resume(str(found.id), approval.Ruling(decision="keep", reason="x", who="y")) is False
+    assert registry().waiting().awaiting.run == str(found.id)
+    answer("promote")  # Prefect does not know yet that nobody reads it
+    run()
+    (change,) = registry().history()
+    assert (change.after, change.who) == ("1", "Bo") and registry().waiting() is None
+    late = longview("model", "approve", "--reason", "fine")
+    assert late.exit_code == 1 and "nothing waits" in late.output
 
 
 def test_list_and_roll_back(gated: Path) -> None:

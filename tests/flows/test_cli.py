@@ -20,6 +20,10 @@ COMMANDS = [
     ["doctor"],
     ["data", "import"],
     ["data", "check"],
+    ["model", "list"],
+    ["model", "approve"],
+    ["model", "promote"],
+    ["model", "rollback"],
 ]
 
 
