@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.commands import data, doctor, model, run, servers, status
+from flows.commands import data, deploy, doctor, model, run, servers, status
 
 app = typer.Typer(
     name="longview",
@@ -23,6 +23,8 @@ app.command()(status.status)
 app.command()(status.report)
 app.command()(servers.up)
 app.command()(servers.down)
+app.command()(deploy.deploy)
+app.command()(deploy.worker)
 app.command()(doctor.doctor)
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")

@@ -18,6 +18,8 @@ COMMANDS = [
     ["up"],
     ["down"],
     ["doctor"],
+    ["deploy"],
+    ["worker"],
     ["data", "import"],
     ["data", "check"],
     ["model", "list"],
