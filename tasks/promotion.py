@@ -257,7 +257,9 @@ def user() -> str:
     name, mail = [*said, "", ""][:2]
     if name or mail:
         return f"{name} <{mail}>".strip() if mail else name
-    return getpass.getuser()
+    with suppress(KeyError, OSError):  # a container may run as a user without a name
+        return getpass.getuser()
+    return "unknown"
 
 
 def facts(decision: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[str, str]:

@@ -22,6 +22,10 @@ COMMANDS = [
     ["worker"],
     ["data", "import"],
     ["data", "check"],
+    ["model", "list"],
+    ["model", "approve"],
+    ["model", "promote"],
+    ["model", "rollback"],
 ]
 
 
