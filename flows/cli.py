@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.commands import data, doctor, explain, gc, run, servers, status
+from flows.commands import data, deploy, doctor, explain, gc, model, run, servers, status
 
 app = typer.Typer(
     name="longview",
@@ -23,10 +23,13 @@ app.command()(status.status)
 app.command()(status.report)
 app.command()(servers.up)
 app.command()(servers.down)
+app.command()(deploy.deploy)
+app.command()(deploy.worker)
 app.command()(doctor.doctor)
 app.command()(explain.explain)
 app.command()(gc.gc)
 app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
 
 if __name__ == "__main__":
     app()

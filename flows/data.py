@@ -32,7 +32,8 @@ def version(root: Path) -> str | None:
 
 def kind(root: Path) -> str:
     """`boards` (can be rebuilt) or `import`."""
-    return str((_pointer(root).get("meta") or {}).get("kind", "boards"))
+    pointer = _pointer(root)
+    return str((pointer.get("meta") or {}).get("kind", "import" if pointer.get("deps") else "boards"))
 
 
 def is_current(root: Path) -> bool:
@@ -50,7 +51,7 @@ def ensure(root: Path, say: Callable[[str], None] = print) -> str:
     state = pipeline.data_states(root)[POINTER]
     if state.state == pipeline.STALE and (root / FOLDER).is_dir() and any((root / FOLDER).iterdir()):
         if _same_version(root):  # killed between building and committing, or the cache was deleted
-            _dvc(root, "commit", "--quiet", "--force", POINTER)
+            dvc(root, "commit", "--quiet", "--force", POINTER)
             return str(version(root))
         raise DataError(
             f"{FOLDER}/ is not what {POINTER} says ({state.reason}).\n"
@@ -62,9 +63,20 @@ def ensure(root: Path, say: Callable[[str], None] = print) -> str:
     return str(version(root))
 
 
+def require(root: Path, wanted: str) -> None:
+    """Refuse if data.dvc names another version than `wanted` (an md5 or its beginning). Raises DataError."""
+    found = version(root)
+    if not (found or "").startswith(wanted):
+        raise DataError(
+            f"this run is for data version {wanted}, but {POINTER} names {found}.\n"
+            "  if that is newer, there is nothing to do: it has a run of its own, or the next one takes it\n"
+            f"  to train on this one:  longview data rollback {wanted}, then run again"
+        )
+
+
 def track(root: Path, kind: str) -> str:
     """Put data/ under DVC as it is (`dvc add`), note where it came from, and return its md5."""
-    _dvc(root, "add", "--quiet", FOLDER)
+    dvc(root, "add", "--quiet", FOLDER)
     pointer = _pointer(root)
     pointer["meta"] = {"kind": kind}
     _write_pointer(root, pointer)
@@ -73,7 +85,7 @@ def track(root: Path, kind: str) -> str:
 
 def _restore(root: Path, say: Callable[[str], None]) -> None:
     for command in (("checkout", POINTER), ("pull", POINTER)):
-        if _dvc(root, *command, "--quiet", check=False) == 0 and _matches(root):
+        if dvc(root, *command, "--quiet", check=False) == 0 and _matches(root):
             say(f"{FOLDER}/ restored by `dvc {command[0]}`")
             return
     if kind(root) != "boards":
@@ -90,7 +102,7 @@ def _restore(root: Path, say: Callable[[str], None]) -> None:
             "pillow or scikit-learn, or changed code. `make install` restores the pinned versions; if the\n"
             f"change is meant, `dvc add {FOLDER}` makes it the new version; then commit {POINTER}."
         )
-    _dvc(root, "commit", "--quiet", "--force", POINTER)  # into the cache, so that it can be pushed
+    dvc(root, "commit", "--quiet", "--force", POINTER)  # into the cache, so that it can be pushed
 
 
 def _matches(root: Path) -> bool:
@@ -113,7 +125,8 @@ def _build(root: Path) -> None:
         raise DataError(f"`python -m {BUILDER}` ended with status {status}; its message is above")
 
 
-def _dvc(root: Path, *arguments: str, check: bool = True) -> int:
+def dvc(root: Path, *arguments: str, check: bool = True) -> int:
+    """Run a `dvc` command; return its status. Raises DataError if it fails and `check` is set."""
     done = subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=root,

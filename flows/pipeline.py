@@ -90,6 +90,14 @@ def data_states(root: Path) -> dict[str, StageState]:
         return {s.addressing: _state(s.addressing, s.status()) for s in repo.index.stages if not s.cmd}
 
 
+def import_changed(root: Path, name: str) -> str | None:
+    """What the source of a `dvc import-url` or `dvc import` holds now (an etag or md5), if that is not what
+    `name` (a .dvc file) has; None if it is the same, or if nothing is imported."""
+    with _repo(root) as repo:
+        found = [s for s in repo.index.stages if s.addressing == name and s.is_import]
+        return next((str(s.deps[0].get_hash()) for s in found if s.deps[0].workspace_status()), None)
+
+
 def pending(root: Path, names: list[str] | None = None) -> list[str]:
     """The stages that are not up to date."""
     return [s.name for s in states(root, names).values() if s.state != UP_TO_DATE]

@@ -114,6 +114,17 @@ def activate(
     return changed
 
 
+def set_seed(root: Path, seed: int) -> list[str]:
+    """Make `seed` the seed of params.yaml; return what changed. Every stage that draws runs again."""
+    path = root / "params.yaml"
+    current = _load(path)
+    changed = differences(current.get("seed"), seed, "seed.")
+    if changed:
+        current["seed"] = seed
+        _write(path, _dump(current))
+    return changed
+
+
 def read_rounds(root: Path) -> list[str]:
     """The names of the rounds in params.yaml."""
     return list(_load(root / "params.yaml").get("rounds") or {})

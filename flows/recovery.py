@@ -30,13 +30,16 @@ class BusyError(RuntimeError):
 
 
 @contextlib.contextmanager
-def exclusive(root: Path) -> Iterator[list[str]]:
-    """Hold the checkout for one run and clean up behind a dead one; yields what was done, as sentences."""
+def exclusive(root: Path, *, wait: bool = False) -> Iterator[list[str]]:
+    """Hold the checkout for one run and clean up behind a dead one; yields what was done, as sentences.
+
+    Raises BusyError while another run holds it, unless it is to `wait` for its end.
+    """
     path = work("run.lock", base=root)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise BusyError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from flows import versions
 from flows.registered import Registered
-from flows.versions import RunVersion, _git
+from flows.versions import RunVersion, git
 
 PINS = "refs/longview/pins/"
 
@@ -80,7 +80,7 @@ def md5s(root: Path, version: RunVersion) -> set[str]:
 def pin(root: Path, name: str) -> RunVersion:
     """Keep a run whatever the policy says. Raises VersionError."""
     version = versions.resolve(root, name)
-    _git(root, "update-ref", _pin(version), version.commit)
+    git(root, "update-ref", _pin(version), version.commit)
     return version
 
 
@@ -89,18 +89,18 @@ def unpin(root: Path, name: str) -> RunVersion:
     version = versions.resolve(root, name)
     if version.commit not in pins(root):
         raise versions.VersionError(f"{version.tag} is not pinned")
-    _git(root, "update-ref", "-d", _pin(version))
+    git(root, "update-ref", "-d", _pin(version))
     return version
 
 
 def pins(root: Path) -> set[str]:
     """The commits that are pinned."""
-    return set(_git(root, "for-each-ref", "--format=%(objectname)", PINS).split())
+    return set(git(root, "for-each-ref", "--format=%(objectname)", PINS).split())
 
 
 def forget(root: Path, version: RunVersion) -> None:
     """Delete the run's tag if it still names that commit. Its commit stays in the branch of all runs."""
-    _git(root, "update-ref", "-d", f"refs/tags/{version.tag}", version.commit)
+    git(root, "update-ref", "-d", f"refs/tags/{version.tag}", version.commit)
 
 
 def revisions(root: Path, dropped: list[RunVersion]) -> dict[str, str]:
@@ -109,12 +109,12 @@ def revisions(root: Path, dropped: list[RunVersion]) -> dict[str, str]:
     gone = {f"refs/tags/{version.tag}" for version in dropped} | {versions.BRANCH}
     form = "%(refname) %(objecttype) %(objectname) %(*objecttype) %(*objectname)"
     found: dict[str, str] = {}
-    for line in _git(root, "for-each-ref", f"--format={form}").splitlines():
+    for line in git(root, "for-each-ref", f"--format={form}").splitlines():
         name, *targets = line.split()
         kinds = dict(zip(targets[::2], targets[1::2], strict=False))
         if name not in gone and "commit" in kinds:
             found.setdefault(kinds["commit"], name)
-    for line in _git(root, "worktree", "list", "--porcelain").splitlines():
+    for line in git(root, "worktree", "list", "--porcelain").splitlines():
         key, _, commit = line.partition(" ")
         if key == "HEAD" and set(commit) != {"0"}:  # zeros: a branch without a commit yet
             found.setdefault(commit, "HEAD of a worktree")
@@ -123,8 +123,8 @@ def revisions(root: Path, dropped: list[RunVersion]) -> dict[str, str]:
 
 def worktrees(root: Path) -> list[Path]:
     """The other worktrees of this repository: the same project as `root`, elsewhere."""
-    prefix = _git(root, "rev-parse", "--show-prefix")
-    lines = _git(root, "worktree", "list", "--porcelain").splitlines()
+    prefix = git(root, "rev-parse", "--show-prefix")
+    lines = git(root, "worktree", "list", "--porcelain").splitlines()
     found = [Path(line.removeprefix("worktree "), prefix) for line in lines if line.startswith("worktree ")]
     return [path for path in found if (path / ".dvc").is_dir() and path.resolve() != root.resolve()]
 

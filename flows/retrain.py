@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,17 +21,16 @@ from typing import Annotated, Any
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from flows import data, pipeline, profile, recovery, versions
+from flows import approval, data, notify, pipeline, profile, recovery, versions
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
 from flows.parent_run import parent_run, read_note, write_note
 from flows.stage import DAY_S, StageFailed
 from flows.walk import Walk, say
-from tasks import params
 from tasks.params import ParamsError
 from tasks.tracking import TrackingError
 
@@ -76,13 +76,28 @@ def retrain(
     until: str | None = None,
     force: bool = False,
     stage_timeout_s: Annotated[float, Field(gt=0)] = DAY_S,
+    data_version: Annotated[str, Field(pattern=r"^[0-9a-f]{6,32}(\.dir)?$")] | None = None,
+    seed: Annotated[int, Field(ge=0)] | None = None,
 ) -> dict[str, Any]:
-    """Bring everything up to date. None keeps what params.yaml says; `force` drops edits made there."""
-    root = find_root()
-    with chdir(root), recovery.exclusive(root) as cleaned, _noted(root):
+    """Bring every stage up to date with params.yaml and data.dvc.
+
+    Args:
+        profile_name: A file of profiles/, by name. None keeps the one in params.yaml.
+        rounds: Number of preference rounds. None keeps it.
+        until: The last stage to run: `judge`, `dpo@r2`, or `dpo` for all of them.
+        force: Drop edits of params.yaml that another profile would overwrite.
+        stage_timeout_s: Seconds that one stage may take.
+        data_version: Run only if this is the data version: its md5, or six digits of it or more.
+        seed: The seed in params.yaml. None keeps it.
+    """
+    root, began = find_root(), time.monotonic()
+    queued = deployment.id is not None  # by a schedule or a trigger: waits for a run started by hand
+    with chdir(root), recovery.exclusive(root, wait=queued) as cleaned, _noted(root):
         for sentence in cleaned:
             say(sentence)
-        prepare(root, profile_name, rounds, force=force)
+        if data_version:
+            data.require(root, data_version)
+        prepare(root, profile_name, rounds, seed, force=force)
         version = ensure_data(str(root))
         stages = pipeline.select(pipeline.stages(root), until)
         names = [s.name for s in stages]
@@ -96,27 +111,33 @@ def retrain(
                 parent.id()  # goes on
             walk = Walk(root, stages, parent, stage_timeout_s)
             walk_all(walk)
-            if "promote" in walk.did("restored"):
-                apply_decision()
             check_nothing_stale(str(root), names)
             executed = len(walk.did("skipped")) < len(stages)
             pushed = push(str(root)) if executed or held.get("unfinished") else 0
-            tag = None
+            made = None
             if until is None:  # half a pipeline is no version
                 facts = versions.Facts(
                     version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
                 )
-                tag = record(str(root), facts)
+                made = record(str(root), facts)
+            if "promote" in names:
+                approval.settle(root, made)
             publish(root, parent.opened)
             write_note(root, unfinished=None)
-        return asdict(
-            Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
-        )
+        tag = made.tag if made else None
+        done = Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
+        if executed:
+            notify.finished(root, done, time.monotonic() - began)
+        return asdict(done)
 
 
-def prepare(root: Path, name: str | None, rounds: int | None, *, force: bool = False) -> None:
+def prepare(
+    root: Path, name: str | None, rounds: int | None, seed: int | None = None, *, force: bool = False
+) -> None:
     """params.yaml as asked, and nothing left from rounds that it no longer has."""
-    for line in profile.activate(root, name, rounds, force=force):
+    changed = profile.activate(root, name, rounds, force=force)
+    changed += profile.set_seed(root, seed) if seed is not None else []
+    for line in changed:
         say(f"params.yaml: {line}")
     kept = set(profile.read_rounds(root))
     for folder in [*(root / "artifacts/rounds").glob("r*"), *(root / "artifacts/evaluate").glob("r*")]:
@@ -151,14 +172,6 @@ def ensure_data(root: str) -> str:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def apply_decision() -> None:
-    """The alias in MLflow as a decision says that DVC restored from its cache."""
-    from tasks import promote
-
-    say(promote.apply_written(params.load("promote", promote.Params))["reason"])
-
-
-@task(cache_policy=NO_CACHE, persist_result=False)
 def check_nothing_stale(root: str, names: list[str]) -> None:
     """`--single-item` does not look upstream, so look once at the end."""
     stale = pipeline.pending(Path(root), names)
@@ -176,11 +189,11 @@ def push(root: str) -> int:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False)
-def record(root: str, facts: versions.Facts) -> str | None:
+def record(root: str, facts: versions.Facts) -> versions.RunVersion | None:
     """The run as a git commit and tag, once its files are in the remote."""
     made = versions.record(Path(root), facts)
     say(f"version: {made.tag}" if made else "no git repository: the run has no version")
-    return made.tag if made else None
+    return made
 
 
 def publish(root: Path, run_id: str | None) -> None:

@@ -17,7 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from flows import recovery, terminal
+from flows import devices, recovery, terminal
 from flows.environment import stage_environment, work
 
 DAY_S = 24 * 3600
@@ -103,7 +103,8 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
     command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
     began = time.monotonic()
     try:
-        status = terminal.run(command, log=log, cwd=root, environment=environment, timeout_s=timeout_s)
+        with devices.held(stage, root):
+            status = terminal.run(command, log=log, cwd=root, environment=environment, timeout_s=timeout_s)
     except terminal.TimedOut as error:
         raise StageFailed(_message(stage, root, log, str(error))) from None
     seconds = time.monotonic() - began

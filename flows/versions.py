@@ -84,7 +84,7 @@ def record(root: Path, facts: Facts) -> RunVersion | None:
     parents = [revision for revision in (last, head) if revision]
     now = datetime.now(UTC)
     name = f"run/{now:%Y%m%d}-{key}"
-    commit = _git(
+    commit = git(
         root,
         "commit-tree",
         tree,
@@ -93,8 +93,8 @@ def record(root: Path, facts: Facts) -> RunVersion | None:
         environment=_author(root),
     )
     # The branch first: a tag is what makes a version, and it must not be made of what nothing holds.
-    _git(root, "update-ref", BRANCH, commit, last or "")
-    _git(root, "update-ref", f"refs/tags/{name}", commit)
+    git(root, "update-ref", BRANCH, commit, last or "")
+    git(root, "update-ref", f"refs/tags/{name}", commit)
     return _list(root, f"refs/tags/{name}")[0]
 
 
@@ -164,17 +164,17 @@ def _tree(root: Path, facts: Facts) -> str:
     figures = {name: root / path for name, path in KEPT.items() if (root / path).is_file()}
     with tempfile.TemporaryDirectory() as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
-        mine = root / _git(root, "rev-parse", "--git-path", "index")
+        mine = root / git(root, "rev-parse", "--git-path", "index")
         if mine.is_file():
             shutil.copyfile(mine, index["GIT_INDEX_FILE"])
-        _git(root, "add", "--update", ":/", environment=index)
+        git(root, "add", "--update", ":/", environment=index)
         named = [name for name in (LOCK, PARAMS, POINTER) if (root / name).is_file()]
-        _git(root, "add", "--force", "--", *named, environment=index)
-        facts_blob = _git(root, "hash-object", "-w", "--stdin", text=_json(root, facts))
+        git(root, "add", "--force", "--", *named, environment=index)
+        facts_blob = git(root, "hash-object", "-w", "--stdin", text=_json(root, facts))
         blobs = {FACTS: facts_blob}
-        blobs |= {name: _git(root, "hash-object", "-w", "--", str(path)) for name, path in figures.items()}
+        blobs |= {name: git(root, "hash-object", "-w", "--", str(path)) for name, path in figures.items()}
         for name, blob in blobs.items():
-            _git(
+            git(
                 root,
                 "update-index",
                 "--add",
@@ -182,7 +182,7 @@ def _tree(root: Path, facts: Facts) -> str:
                 f"100644,{blob},{_prefix(root)}{name}",
                 environment=index,
             )
-        return _git(root, "write-tree", environment=index)
+        return git(root, "write-tree", environment=index)
 
 
 def _json(root: Path, facts: Facts) -> str:
@@ -210,10 +210,10 @@ def _message(root: Path, name: str, facts: Facts) -> str:
 def _list(root: Path, pattern: str) -> list[RunVersion]:
     """The versions whose tags fit, by two calls of git however many there are."""
     form = "%(refname)%00%(objectname)%00%(committerdate:unix)"
-    lines = _git(root, "for-each-ref", f"--format={form}", pattern).splitlines()
+    lines = git(root, "for-each-ref", f"--format={form}", pattern).splitlines()
     tags = [line.split("\0") for line in lines]
     names = "".join(f"{commit}:{_prefix(root)}{FACTS}\n" for _, commit, _ in tags)
-    texts = _blobs(_git(root, "cat-file", "--batch", text=names) if tags else "")
+    texts = _blobs(git(root, "cat-file", "--batch", text=names) if tags else "")
     return [
         RunVersion(
             **{**facts, "ran": tuple(facts["ran"])},
@@ -250,7 +250,7 @@ def _head(root: Path) -> str:
 
 def _prefix(root: Path) -> str:
     """Where the checkout lies in its repository: empty, or `folder/`."""
-    return _git(root, "rev-parse", "--show-prefix")
+    return git(root, "rev-parse", "--show-prefix")
 
 
 def _revision(root: Path, name: str) -> str | None:
@@ -265,9 +265,10 @@ def _author(root: Path) -> dict[str, str]:
     return {} if done.returncode == 0 else AUTHOR
 
 
-def _git(
+def git(
     root: Path, *arguments: str, text: str | None = None, environment: dict[str, str] | None = None
 ) -> str:
+    """What git prints; `text` is its input. Raises VersionError."""
     done = subprocess.run(
         ["git", *arguments],
         cwd=root,

@@ -39,6 +39,10 @@ class ImportRefused(RuntimeError):
     """Nothing was imported and data/ is as it was; the message says why and what to do."""
 
 
+class SourceRefused(ImportRefused):
+    """What is to be imported is to blame; trying again refuses it again."""
+
+
 @dataclass(frozen=True)
 class Imported:
     """version: DVC's md5 of the new data/; replaced: of the old one, None if there was none."""
@@ -88,11 +92,11 @@ def check(source: str | Path, *, image_root: str | Path | None = None, rules: Ru
 
 def _require_source(source: Path, root: Path) -> None:
     if not source.exists():
-        raise ImportRefused(f"{source} does not exist")
+        raise SourceRefused(f"{source} does not exist")
     if source.is_relative_to(root / DATA):
-        raise ImportRefused(f"{source} is (in) {DATA}/, which the import replaces: copy it elsewhere first")
+        raise SourceRefused(f"{source} is (in) {DATA}/, which the import replaces: copy it elsewhere first")
     if not record_paths(source):
-        raise ImportRefused(f"no *.jsonl or *.json file with records in {source}")
+        raise SourceRefused(f"no *.jsonl or *.json file with records in {source}")
 
 
 def _build(source: Path, work: Path, rules: Rules, image_root: str | Path | None) -> Scan:
@@ -143,9 +147,9 @@ def _quarantine(scan: Scan, root: Path) -> Path | None:
 def _require_enough(scan: Scan, max_bad_share: float, quarantine: Path | None) -> None:
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in scan.reasons().items())
     if not scan.questions:
-        raise ImportRefused(f"none of {scan.rows:,} records can be used: {reasons or 'the files are empty'}")
+        raise SourceRefused(f"none of {scan.rows:,} records can be used: {reasons or 'the files are empty'}")
     if scan.bad_share > max_bad_share:
-        raise ImportRefused(
+        raise SourceRefused(
             f"{scan.bad_share:.1%} of {scan.rows:,} records cannot be used, {max_bad_share:.1%} may be:\n"
             f"  {reasons}\n"
             f"  each with its place and reason: {quarantine}\n"

@@ -1,7 +1,10 @@
-"""The gate: does the best generation become champion? Decides, says why, and sets the MLflow alias.
+"""The gate: should the best generation become champion? Decides and says why; changes nothing in MLflow.
 
-    python -m tasks.promote             # the stage: decide, write artifacts/promote/decision.json, set alias
-    python -m tasks.promote --apply     # only set the alias to what decision.json says (after `dvc checkout`)
+    python -m tasks.promote             # the stage: decide, write artifacts/promote/decision.json
+    python -m tasks.promote --apply     # carry decision.json out: register the candidate, set the alias
+
+`longview run` carries the decision out at its end, when what it was made on is in the DVC remote and the run
+is a version in git. `--apply` is for a `dvc repro` or `dvc checkout` by hand.
 
 The candidate is the generation with the highest accuracy on VALIDATION reasoning; test never chooses. It is
 promoted over the champion (over base, before there is one) if the paired 95% interval of the difference on
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,31 +27,34 @@ from typing import Any
 
 from models import results
 from models.records import read_jsonl
-from tasks import params, tracking
-from tasks.registry import Agents, Registry, Version
-from tasks.stage import StageError, open_stage, round_floats, write_json
+from tasks import params, promotion, tracking
+from tasks.fingerprint import fingerprint
+from tasks.promotion import Approval, Candidate, Outcome
+from tasks.registry import BASE, Agents, Registry, Version
+from tasks.stage import StageError, data_version, open_stage, plain, round_floats, write_json
 
 COMPARE, EVALUATE, OUT = Path("artifacts/compare"), Path("artifacts/evaluate"), Path("artifacts/promote")
-BASE = "base"
+DECISION = OUT / "decision.json"
 
 
 @dataclass(frozen=True)
 class Params:
-    """perception_margin: allowed loss of perception accuracy, as a share (0.01 is one point)."""
+    """perception_margin: allowed loss of perception accuracy, as a share (0.01 is one point).
+    approval: whether a person must agree; it changes no decision."""
 
     perception_margin: float = 0.01
     resamples: int = 10_000
     model: str = tracking.REGISTERED_MODEL
     alias: str = "champion"
+    approval: Approval | None = None
 
 
 @dataclass(frozen=True)
 class Opponent:
-    """Whom the candidate must beat. `over` names it in the registry: a version number, or "base"."""
+    """Whom the candidate must beat."""
 
     name: str
     predictions: results.Rows
-    over: str = BASE
     agents: Agents | None = None
     note: str = ""
 
@@ -122,7 +129,7 @@ def _reason(
     else:
         change = "there are no perception questions"
     if better and kept:
-        text = f"{candidate} is promoted: {gain}; {change}."
+        text = f"{candidate} passes the gate: {gain}; {change}."
     elif better:
         text = f"{candidate} is not promoted although it gains {gain}: {change}."
     else:
@@ -147,8 +154,8 @@ def find_opponent(
         )
     if _questions(predictions) != asked:
         note = f"The champion (version {version.number}, {version.generation}) answered other questions."
-        return Opponent(BASE, base, over=BASE, note=note)
-    return Opponent(_title(version), predictions, version.number, version.agents)
+        return Opponent(BASE, base, note=note)
+    return Opponent(_title(version), predictions, version.agents)
 
 
 def _questions(rows: results.Rows) -> set[tuple]:
@@ -162,36 +169,43 @@ def _title(version: Version) -> str:
 
 def agents_of(system: str) -> Agents | None:
     """The agents that a system was evaluated with, from its manifest; None without one."""
+    found = _checkpoints(system)
+    return Agents(*(md5 for _, md5 in found)) if found else None
+
+
+def outputs_of(system: str) -> dict[str, str]:
+    """The md5s under which DVC has the outputs of the stages that made a system's checkpoints."""
+    folders = {
+        f"{agent}_out": path.parent if path.name == "checkpoint" else path
+        for agent, (path, _) in zip(("reasoning", "summary"), _checkpoints(system), strict=False)
+    }
+    return {tag: fingerprint(folder) for tag, folder in folders.items() if folder.is_dir()}
+
+
+def _checkpoints(system: str) -> list[tuple[Path, str]]:
+    """Path and md5 of the reasoning agent's and the summary agent's checkpoint; empty without a manifest."""
     path = EVALUATE / system / "manifest.json"
     if not path.exists():
-        return None
+        return []
     inputs: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["inputs"]
     parts = "reasoning_sft" if system == "multi_agent" else f"rounds/{system}/dpo", "summary_sft"
-    found = [next((md5 for name, md5 in inputs.items() if part in name), None) for part in parts]
-    if None in found:
+    found = [[(Path(name), md5) for name, md5 in inputs.items() if part in name] for part in parts]
+    if not all(found):
         raise StageError(f"{path} names no checkpoint of {' and '.join(parts)}: evaluate {system} again")
-    return Agents(*map(str, found))
-
-
-def apply(decision: Mapping[str, Any], registry: Registry, over: str) -> Version | None:
-    """Make the registry say what the decision says; repeating it changes nothing."""
-    if decision["decision"] != "promote" or not decision["candidate_agents"]:
-        return registry.champion()
-    predictions = EVALUATE / decision["candidate"] / "predictions.jsonl"
-    return registry.promote(decision["candidate"], Agents(**decision["candidate_agents"]), predictions, over)
+    return [matches[0] for matches in found]
 
 
 def _predictions(system: str) -> list[dict[str, Any]]:
     return list(read_jsonl(EVALUATE / system / "predictions.jsonl"))
 
 
-def decide(settings: Params, registry: Registry | None) -> tuple[dict[str, Any], Opponent]:
+def decide(settings: Params, registry: Registry | None) -> dict[str, Any]:
     """The decision on this checkout's comparison, against this registry's champion."""
     comparison = json.loads((COMPARE / "comparison.json").read_text(encoding="utf-8"))
     candidate, _ = choose(comparison)
     predictions, agents = _predictions(candidate), agents_of(candidate)
     opponent = find_opponent(agents, _questions(predictions), _predictions(BASE), registry)
-    decision = run(
+    return run(
         comparison,
         predictions,
         opponent,
@@ -199,44 +213,67 @@ def decide(settings: Params, registry: Registry | None) -> tuple[dict[str, Any],
         perception_margin=settings.perception_margin,
         resamples=settings.resamples,
     )
-    return decision, opponent
 
 
 def stage(settings: Params) -> dict[str, Any]:
-    """Decide, write decision.json, and set the alias."""
+    """Decide and write decision.json."""
     registry = Registry(settings.model, settings.alias) if tracking.enabled() else None
     order = json.loads((COMPARE / "comparison.json").read_text(encoding="utf-8"))["order"]
     inputs = [COMPARE, *(EVALUATE / name for name in order)]
-    with open_stage("promote", params=settings, inputs=inputs, out=OUT) as current:
-        decision, opponent = decide(settings, registry)
-        write_json(current.out / "decision.json", decision)
-        current.artifact(current.out / "decision.json")
+    obeyed = {name: value for name, value in plain(settings).items() if name != "approval"}
+    with open_stage("promote", params=obeyed, inputs=inputs, out=OUT) as current:
+        decision = decide(settings, registry)
+        write_json(current.out / DECISION.name, decision)
+        current.artifact(current.out / DECISION.name)
         current.log_metrics({f"{key}/{part}": decision[key][part] or 0.0 for key, part in _LOGGED})
-        if registry:
-            apply(decision, registry, opponent.over)
     return decision
 
 
-def apply_written(settings: Params) -> dict[str, Any]:
-    """Set the alias to what decision.json says: DVC restores the file, and knows nothing of the registry."""
-    decision: dict[str, Any] = json.loads((OUT / "decision.json").read_text(encoding="utf-8"))
-    if tracking.enabled():
-        registry = Registry(settings.model, settings.alias)
-        champion = registry.champion()
-        apply(decision, registry, champion.number if champion else BASE)
-    return decision
+def apply(
+    settings: Params, *, version: Mapping[str, str | None] | None = None, prefect_run: str | None = None
+) -> Outcome | None:
+    """Carry out this checkout's decision.json; repeating it changes nothing.
+
+    version: tags of the run as a version (`run`, `commit`). None: tracking is off, or the decision names no
+    checkpoints to register.
+    """
+    decision: dict[str, Any] = json.loads(DECISION.read_text(encoding="utf-8"))
+    if not tracking.enabled() or not decision["candidate_agents"]:
+        return None
+    comparison = json.loads((COMPARE / "comparison.json").read_text(encoding="utf-8"))
+    name = decision["candidate"]
+    candidate = Candidate(
+        name,
+        Agents(**decision["candidate_agents"]),
+        EVALUATE / name / "predictions.jsonl",
+        {
+            "data_version": data_version({}) or None,
+            **promotion.facts(decision, comparison),
+            **outputs_of(name),
+            **(version or {}),
+        },
+    )
+    registry = Registry(settings.model, settings.alias)
+    return promotion.settle(registry, decision, candidate, settings.approval, prefect_run)
 
 
 _LOGGED = [(key, part) for key in ("reasoning", "perception") for part in ("mean", "low", "high")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the stage on this checkout, or only apply its decision."""
+    """Run the stage on this checkout, or carry its decision out."""
     parser = argparse.ArgumentParser(description="Decide whether the best generation becomes champion.")
-    parser.add_argument("--apply", action="store_true", help="set the alias to what decision.json says")
+    parser.add_argument("--apply", action="store_true", help="register the candidate and set the alias")
     settings = params.load("promote", Params)
-    decision = apply_written(settings) if parser.parse_args(arguments).apply else stage(settings)
-    print(decision["reason"])
+    if parser.parse_args(arguments).apply:
+        done = apply(settings)
+        print(done.sentence if done else "nothing to register: tracking is off, or there is no checkpoint")
+        if done and done.state == "waiting":
+            print("`longview model approve --reason …`, or with --reject")
+        return
+    print(stage(settings)["reason"])
+    if tracking.enabled() and "LONGVIEW_PARENT_RUN_ID" not in os.environ:
+        print("MLflow is unchanged: `longview run`, or `python -m tasks.promote --apply`, carries this out")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,28 @@
-"""The MLflow registry: which checkpoint generation is champion, the answers it was judged by, and promotion.
+"""The MLflow registry, read: which generation is champion, who was before, what waits, and their answers.
 
     python -c "from tasks.registry import Registry; print(Registry().champion())"
 
-A promoted generation is a version of one registered model. Its tags hold the md5s of its two checkpoints (DVC
-holds the weights) and what it was promoted over; its logged model holds its predictions, for comparisons.
+A generation that was a candidate is a version of one registered model. Its tags hold the md5s of its two
+checkpoints (DVC holds the weights), the run that made it and its accuracy; its logged model holds its
+predictions. Changes of the champion are tags of the registered model. tasks/promotion.py writes all of it.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from models.records import read_jsonl
 from tasks import tracking
 
 PREDICTIONS = "predictions.jsonl"
+BASE = "base"
+CHALLENGER = "challenger"
+AWAITING, DECLINED, CHANGE = "awaiting", "declined", "change."
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,46 @@ class Agents:
 
 
 @dataclass(frozen=True)
+class Awaiting:
+    """A candidate's wait for a person. `until`: ISO time; then `default` holds. `run`: its Prefect run."""
+
+    until: str
+    default: str
+    run: str | None = None
+
+    def overdue(self, now: datetime) -> bool:
+        """Whether nobody said anything in time."""
+        return datetime.fromisoformat(self.until) <= now
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why a version that passed the gate is not champion: the gate does not put it back by itself."""
+
+    when: str
+    how: str
+    who: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the champion, from version `before` (None: there was none) to `after`."""
+
+    when: str
+    how: str
+    who: str
+    reason: str
+    before: str | None
+    after: str
+
+    @property
+    def key(self) -> str:
+        """Its tag: times order the history."""
+        return CHANGE + self.when
+
+
+@dataclass(frozen=True)
 class Version:
     """One version of the registered model. `over`: the version it was promoted over, or "base"."""
 
@@ -36,10 +82,32 @@ class Version:
     agents: Agents
     model_id: str
     over: str
+    tags: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    created: datetime = field(default=datetime.fromtimestamp(0, UTC), compare=False, repr=False)
+
+    @property
+    def title(self) -> str:
+        """`version 3 (r2)`"""
+        return f"version {self.number} ({self.generation})"
+
+    @property
+    def awaiting(self) -> Awaiting | None:
+        """What it waits for, if it does."""
+        return Awaiting(**json.loads(self.tags[AWAITING])) if AWAITING in self.tags else None
+
+    @property
+    def declined(self) -> Declined | None:
+        """Who took it down or did not want it."""
+        return Declined(**json.loads(self.tags[DECLINED])) if DECLINED in self.tags else None
+
+    @property
+    def accuracy(self) -> dict[str, Any]:
+        """Of its test answers, by question set: share, 95% interval and number of questions."""
+        return json.loads(self.tags.get("accuracy", "{}"))
 
 
 class Registry:
-    """Versions of one registered model; every change may be repeated without a further effect."""
+    """Versions of one registered model, as they are now. `alias` is that of the champion."""
 
     def __init__(self, model: str = tracking.REGISTERED_MODEL, alias: str = "champion") -> None:
         self.model, self.alias = model, alias
@@ -47,87 +115,106 @@ class Registry:
 
     def champion(self) -> Version | None:
         """The version the alias points to, or None before the first promotion."""
-        return self._unless_missing(lambda: self.client.get_model_version_by_alias(self.model, self.alias))
+        return self._by_alias(self.alias)
+
+    def challenger(self) -> Version | None:
+        """The candidate that waits for approval, else the last one that did not become champion."""
+        return self._by_alias(CHALLENGER)
+
+    def waiting(self) -> Version | None:
+        """The candidate that waits for approval."""
+        found, champion = self.challenger(), self.champion()
+        return found if found and found.awaiting and found != champion else None
 
     def version(self, number: str) -> Version | None:
-        """One version by number, or None if it was deleted."""
-        return self._unless_missing(lambda: self.client.get_model_version(self.model, number))
+        """One version by number, or None if there is none."""
+        return self._unless_missing(lambda: _version(self.client.get_model_version(self.model, number)))
+
+    def versions(self) -> list[Version]:
+        """Every version, newest first."""
+        found = self.client.search_model_versions(f"name = '{self.model}'")
+        return sorted(map(_version, found), key=lambda version: -int(version.number))
+
+    def with_agents(self, agents: Agents) -> Version | None:
+        """The version of this generation, if it is registered."""
+        return next((found for found in self.versions() if found.agents == agents), None)
+
+    def history(self) -> list[Change]:
+        """Every change of the champion, oldest first. The last one may not have been carried out: then its
+        `after` is not the champion."""
+        model = self._unless_missing(lambda: self.client.get_registered_model(self.model))
+        tags = model.tags if model else {}
+        return [Change(**json.loads(tags[key])) for key in sorted(tags) if key.startswith(CHANGE)]
+
+    def previous(self, champion: Version) -> str | None:
+        """The version that was champion before this one came; None if there was none."""
+        came = [c for c in self.history() if c.after == champion.number and c.how != "rollback"]
+        if came:
+            return came[-1].before
+        return None if champion.over == BASE else champion.over  # of a store without a history
+
+    def aliases(self) -> dict[str, str]:
+        """The version number of each alias."""
+        model = self._unless_missing(lambda: self.client.get_registered_model(self.model))
+        return {name: str(number) for name, number in model.aliases.items()} if model else {}
+
+    def outputs(self, version: Version) -> dict[str, str]:
+        """DVC's md5 of the stage output that holds each agent's checkpoint, where the store knows it."""
+        experiment, found = tracking.experiment_id(self.client), {}
+        for agent, md5 in asdict(version.agents).items():
+            made = tracking.models_with(self.client, experiment, md5)
+            kept = version.tags.get(f"{agent}_out") or (made[0].tags.get("out_md5") if made else None)
+            if kept:
+                found[agent] = kept
+        return found
 
     def predictions(self, version: Version) -> list[dict[str, Any]] | None:
-        """The answers a version was promoted on, or None if they were deleted."""
+        """The answers a version was judged by, or None if they were deleted."""
         import mlflow
         from mlflow.exceptions import MlflowException
 
         with tempfile.TemporaryDirectory() as folder:
             try:
                 location = self.client.get_logged_model(version.model_id).artifact_location
-                uri = f"{location}/{_folder(version.agents)}/{PREDICTIONS}"
+                uri = f"{location}/{answers_folder(version.agents)}/{PREDICTIONS}"
                 return list(read_jsonl(mlflow.artifacts.download_artifacts(uri, dst_path=folder)))
             except (MlflowException, OSError):
                 return None
 
-    def promote(self, generation: str, agents: Agents, predictions: Path, over: str) -> Version:
-        """Register the generation unless it is, keep its predictions, and point the alias at it."""
-        known = next((found for found in self._versions() if found.agents == agents), None)
-        model_id = known.model_id if known else self._logged_model(generation, agents.reasoning)
-        self.client.log_model_artifact(model_id, str(predictions), _folder(agents))
-        if known is None:
-            known = self._register(generation, agents, model_id, over)
-        elif known.over != over and self.champion() != known:
-            self.client.set_model_version_tag(self.model, known.number, "promoted_over", over)
-        if self.champion() != known:
-            self.client.set_registered_model_alias(self.model, self.alias, known.number)
-        return known
+    def _by_alias(self, alias: str) -> Version | None:
+        return self._unless_missing(
+            lambda: _version(self.client.get_model_version_by_alias(self.model, alias))
+        )
 
-    def _register(self, generation: str, agents: Agents, model_id: str, over: str) -> Version:
-        import mlflow
-
-        tags = {
-            "generation": generation,
-            "checkpoint_md5": agents.reasoning,
-            "summary_md5": agents.summary,
-            "promoted_over": over,
-        }
-        return _version(mlflow.register_model(f"models:/{model_id}", self.model, tags=tags))
-
-    def _logged_model(self, generation: str, checkpoint_md5: str) -> str:
-        """The logged model with these bytes; made now if this store has never seen the checkpoint."""
-        import mlflow
-
-        experiment = tracking.experiment_id(self.client)
-        found = tracking.models_with(self.client, experiment, checkpoint_md5)
-        if found:
-            return found[0].model_id
-        facts = {"checkpoint_md5": checkpoint_md5, "kind": "reasoning"}
-        return mlflow.create_external_model(
-            generation, tags=facts, params=facts, model_type="reasoning", experiment_id=experiment
-        ).model_id
-
-    def _versions(self) -> list[Version]:
-        return [_version(found) for found in self.client.search_model_versions(f"name = '{self.model}'")]
-
-    def _unless_missing(self, get: Any) -> Version | None:
+    def _unless_missing(self, get: Any) -> Any:
         from mlflow.exceptions import MlflowException
 
         try:
-            return _version(get())
+            return get()
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
 
 
-def _folder(agents: Agents) -> str:
+def answers_folder(agents: Agents) -> str:
     """Where a reasoning agent's logged model keeps the answers it gave with this summary agent."""
     return f"with-summary-{agents.summary[:12]}"
 
 
+def text(value: Awaiting | Declined | Change) -> str:
+    """As the value of a tag."""
+    return json.dumps(asdict(value), ensure_ascii=False)
+
+
 def _version(found: Any) -> Version:
-    tags = found.tags
+    tags = dict(found.tags)
     return Version(
         number=str(found.version),
         generation=tags.get("generation", ""),
         agents=Agents(tags.get("checkpoint_md5", ""), tags.get("summary_md5", "")),
         model_id=found.model_id or (found.source or "").removeprefix("models:/"),
-        over=tags.get("promoted_over", "base"),
+        over=tags.get("promoted_over", BASE),
+        tags=tags,
+        created=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
     )

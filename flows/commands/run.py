@@ -62,7 +62,7 @@ def run(
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     began = time.monotonic()
-    from flows import data, pipeline, recovery
+    from flows import data, pipeline, recovery, settled
     from flows import profile as profiles
     from flows.environment import root as find_root
     from flows.parent_run import read_note
@@ -78,6 +78,7 @@ def run(
                 typer.echo(line)
             names = [s.name for s in pipeline.select(pipeline.stages(root), until)]
             finished = not read_note(root).get("unfinished")
+            finished &= "promote" not in names or settled.is_settled(root)
             if finished and data.is_current(root) and not pipeline.pending(root, names):
                 done = f"{len(names)} stages, nothing to run"
                 typer.echo(f"everything is up to date: {done} ({_since(began)})")

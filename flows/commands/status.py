@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import chdir
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,8 @@ TABLE, REPORT = Path("artifacts/compare/table.md"), Path("artifacts/report")
 def status(
     why: Annotated[bool, typer.Option("--why", help="Say in full what changed.")] = False,
 ) -> None:
-    """Every stage: up to date, stale (and why), missing, or waiting for one of those; data version; champion.
+    """Every stage: up to date, stale (and why), missing, or waiting for one of those; data version; champion;
+    what waits for approval.
 
     Examples:
 
@@ -50,7 +51,8 @@ def status(
     console.print(table)
     console.print(f"\ndata      {data.version(base) or 'none'} ({source.state if source else 'no data.dvc'})")
     with chdir(base):
-        console.print(f"champion  {_champion()}")
+        for line in _models():
+            console.print(line, markup=False, highlight=False)
 
 
 def _line(state: StageState, waiting_for: list[str], why: bool) -> tuple[str, str]:
@@ -61,27 +63,31 @@ def _line(state: StageState, waiting_for: list[str], why: bool) -> tuple[str, st
     return state.state, state.reason if why or len(state.reason) < 60 else state.reason[:59] + "…"
 
 
-def _champion() -> str:
+def _models() -> list[str]:
+    """The champion, and the candidate that waits for approval if one does."""
     from tasks import tracking
 
     if not tracking.enabled():
-        return "unknown: tracking is off"
+        return ["champion  unknown: tracking is off"]
     uri = tracking.tracking_uri()
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return "none yet"
+        return ["champion  none yet"]
     from mlflow.exceptions import MlflowException
 
+    from tasks.registry import Registry
+
     try:
-        version = tracking.client().get_model_version_by_alias(tracking.REGISTERED_MODEL, "champion")
+        registry = Registry()
+        champion, waiting = registry.champion(), registry.waiting()
     except (MlflowException, tracking.TrackingError) as error:
-        missing = getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-        return "none yet" if missing else f"unknown: {error}"
-    return f"{tracking.REGISTERED_MODEL} version {version.version} {_origin(version)}".rstrip()
-
-
-def _origin(version: Any) -> str:
-    tags = getattr(version, "tags", {}) or {}
-    return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in sorted(tags.items()))
+        return [f"champion  unknown: {error}"]
+    made = f", {champion.tags.get('run', 'no run tag')}" if champion else ""
+    lines = [f"champion  {champion.title}{made}" if champion else "champion  none yet"]
+    if waiting and waiting.awaiting:
+        until, default = waiting.awaiting.until[:16].replace("T", " "), waiting.awaiting.default
+        lines.append(f"waits     {waiting.title}: `longview model approve --reason …`, or with --reject;")
+        lines.append(f"          {default} if nobody decides before {until} UTC")
+    return lines
 
 
 def report() -> None:

@@ -99,10 +99,11 @@ class Server:
             raise
         process.report(f"{s.model}: served on {self.url} after {process.elapsed_s:.0f} s; log: {s.log}")
 
-    def check(self) -> None:
-        """Raises EngineError with the end of the log if the server has died. Costs one system call. A server
-        that hangs is noticed by the time-outs of its requests only."""
-        self._process.check()
+    def check(self, within_s: float = 0.0) -> None:
+        """Raises EngineError with the end of the log if the server has died, or dies within so many seconds.
+        Costs one system call where it need not wait. A server that hangs is noticed by the time-outs of its
+        requests only."""
+        self._process.check(within_s)
 
     def restart(self) -> None:
         """End what is left of it and start it again at the same address."""

@@ -20,8 +20,14 @@ COMMANDS = [
     ["doctor"],
     ["explain"],
     ["gc"],
+    ["deploy"],
+    ["worker"],
     ["data", "import"],
     ["data", "check"],
+    ["model", "list"],
+    ["model", "approve"],
+    ["model", "promote"],
+    ["model", "rollback"],
 ]
 
 

@@ -1,11 +1,12 @@
 """The gate and the registry behind it: pytest tests/stages/test_promote.py."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tasks import compare, promote, tracking
+from tasks import compare, promote, promotion, tracking
 from tasks.fingerprint import fingerprint
 from tasks.registry import Agents, Registry
 from tasks.stage import StageError
@@ -22,7 +23,7 @@ def decided(base, candidate, margin=0.01):
 def test_the_first_generation_that_beats_base_is_promoted():
     decision = decided(predictions(0.40), predictions(0.50))
     assert decision["decision"] == "promote" and decision["reasoning"]["low"] > 0
-    assert "r1 is promoted: +10.0 points on reasoning against base" in decision["reason"]
+    assert "r1 passes the gate: +10.0 points on reasoning against base" in decision["reason"]
 
 
 def test_a_gain_within_noise_keeps_the_champion():
@@ -74,6 +75,12 @@ def evaluated(r1, md5="1" * 32 + ".dir", ids="", summary="5" * 32 + ".dir"):
     Path("artifacts/compare/comparison.json").write_text(json.dumps(found))
 
 
+def decide_and_apply(settings):
+    """What a whole run does: decide, then carry out."""
+    decision = promote.stage(settings)
+    return decision, promote.apply(settings, version={"run": "run/1", "commit": "c" * 40})
+
+
 def test_champions_come_and_stay_by_the_registry(checkout):
     settings = promote.Params(resamples=2000)
     with tracking.shared_recorder():
@@ -81,44 +88,149 @@ def test_champions_come_and_stay_by_the_registry(checkout):
         first = promote.stage(settings)
         bytes_before = fingerprint("artifacts/promote", cache=False)
         registry = Registry()
-        champion = registry.champion()
-        assert (first["decision"], champion.number, champion.over) == ("promote", "1", "base")
-        assert champion.agents == Agents("1" * 32 + ".dir", "5" * 32 + ".dir")
-
-        promote.stage(settings)
+        assert first["decision"] == "promote" and registry.champion() is None, "the stage only decides"
         promote.main(["--apply"])
+        champion = registry.champion()
+        assert (champion.number, champion.over, champion.generation) == ("1", "base", "r1")
+        assert champion.agents == Agents("1" * 32 + ".dir", "5" * 32 + ".dir")
+        assert champion.accuracy["reasoning"]["mean"] == 0.6 and "run" not in champion.tags
+
+        _, again = decide_and_apply(settings)
         assert fingerprint("artifacts/promote", cache=False) == bytes_before
-        assert registry.champion() == champion
+        assert again.state == "champion" and registry.champion() == champion
+        assert registry.champion().tags["run"] == "run/1" and len(registry.history()) == 1
 
         evaluated(predictions(0.50, 0.90, 0.50), summary="6" * 32 + ".dir")
-        worse = promote.stage(settings)
+        worse, kept = decide_and_apply(settings)
         assert worse["decision"] == "keep" and worse["opponent"] == "champion r1 (version 1)"
-        assert registry.champion() == champion
-
-        evaluated(predictions(0.60, 0.90, 0.60), md5="2" * 32 + ".dir")
-        kept = promote.stage(settings)
-        assert kept["decision"] == "keep" and kept["opponent"] == "champion r1 (version 1)"
-        assert registry.champion() == champion
+        assert (registry.champion(), registry.challenger(), kept.state) == (champion, kept.version, "kept")
 
         evaluated(predictions(0.70, 0.90, 0.70), md5="3" * 32 + ".dir")
-        better = promote.stage(settings)
+        better, _ = decide_and_apply(settings)
         bytes_before = fingerprint("artifacts/promote", cache=False)
         assert (better["decision"], better["opponent"]) == ("promote", "champion r1 (version 1)")
         assert better["reasoning"]["mean"] == pytest.approx(0.1)
-        assert (registry.champion().number, registry.champion().over) == ("2", "1")
+        assert (registry.champion().number, registry.champion().over) == ("3", "1")
         promote.stage(settings)
         assert fingerprint("artifacts/promote", cache=False) == bytes_before
 
         evaluated(predictions(0.80, 0.90, 0.80), md5="3" * 32 + ".dir", summary="7" * 32 + ".dir")
-        again = promote.stage(settings)
-        assert again["opponent"] == "champion r1 (version 2)"
-        assert (registry.champion().number, registry.champion().over) == ("3", "2")
-        assert len(registry.predictions(registry.version("2"))) == len(
-            registry.predictions(registry.champion())
-        )
-        right = sum(row["right"] for row in registry.predictions(registry.version("2")))
+        again, _ = decide_and_apply(settings)
+        assert again["opponent"] == "champion r1 (version 3)"
+        assert (registry.champion().number, registry.champion().over) == ("4", "3")
+        right = sum(row["right"] for row in registry.predictions(registry.version("3")))
         assert right < sum(row["right"] for row in registry.predictions(registry.champion()))
+
+        promotion.roll_back(registry, registry.version("3"), "misreads sevens")
+        _, held = decide_and_apply(settings)
+        assert held.state == "declined" and "misreads sevens" in held.sentence
+        assert registry.champion().number == "3" and registry.previous(registry.champion()) == "1"
+        assert [(c.before, c.after, c.how) for c in registry.history()] == [
+            (None, "1", "gate"),
+            ("1", "3", "gate"),
+            ("3", "4", "gate"),
+            ("4", "3", "rollback"),
+        ]
 
         evaluated(predictions(0.60, 0.90, 0.60, ids="new-"), md5="4" * 32 + ".dir", ids="new-")
         other = promote.stage(settings)
         assert other["opponent"] == "base" and "answered other questions" in other["reason"]
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+WRITES = (
+    "log_model_artifact",
+    "create_registered_model",
+    "_create_model_version",
+    "set_model_version_tag",
+    "delete_model_version_tag",
+    "set_registered_model_alias",
+    "delete_registered_model_alias",
+    "set_registered_model_tag",
+    "delete_registered_model_tag",
+)
+
+
+def kill_at(monkeypatch, count):
+    """The process ends instead of making its count-th write to MLflow; returns what is left to count."""
+    from mlflow import MlflowClient
+
+    left = [count]
+
+    def counted(write):
+        def call(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed(write.__name__)
+            return write(*arguments, **options)
+
+        return call
+
+    for name in WRITES:
+        monkeypatch.setattr(MlflowClient, name, counted(getattr(MlflowClient, name)))
+    return left
+
+
+def candidate(number, folder):
+    rows = folder / "predictions.jsonl"
+    rows.write_text('{"id": "1"}\n')
+    agents = Agents(str(number) * 32, str(number) * 32)
+    return promotion.Candidate(f"r{number}", agents, rows, {"run": f"run/{number}", "reason": "better"})
+
+
+def settle(registry, number, folder, approval=None):
+    """A candidate that passed the gate."""
+    gain = {"mean": 0.1, "low": 0.1, "high": 0.1}
+    passed = {"decision": "promote", "opponent": "base", "reason": f"r{number} is better"}
+    passed |= {"reasoning": gain, "perception": gain}
+    return promotion.settle(registry, passed, candidate(number, folder), approval)
+
+
+def roll_back(registry, folder):
+    if registry.champion().number == "2":
+        promotion.roll_back(registry, registry.version("1"), "misreads sevens")
+
+
+def approve(registry, folder):
+    waits = settle(registry, 2, folder, promotion.Approval(24)).version
+    promotion.rule(registry, waits.number, "promote", "looked at forty")
+
+
+CHANGES = {
+    "approve": (1, approve),
+    "roll back": (2, roll_back),
+}
+
+
+def state(registry):
+    """All that the registry says, without times."""
+    tags = [{k: v for k, v in found.tags.items() if k != "declined"} for found in registry.versions()]
+    down = [found.declined and found.declined.how for found in registry.versions()]
+    changes = [(c.before, c.after, c.how, c.reason) for c in registry.history()]
+    return registry.aliases(), changes, tags, down
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_killed_before_any_write_and_called_again_ends_the_same(checkout, monkeypatch, change):
+    before, act = CHANGES[change]
+    ends, writes = [], 0
+    while not ends or ends[-1][1] < 0:
+        registry = Registry(f"killed-at-{writes}")
+        for number in range(1, before + 1):
+            settle(registry, number, checkout)
+        held = registry.champion()
+        with monkeypatch.context() as killing:
+            left = kill_at(killing, writes)
+            with suppress(Killed):
+                act(registry, checkout)
+        found = registry.champion()
+        if found != held:
+            assert registry.history()[-1].after == found.number and "promoted_over" in found.tags
+        act(registry, checkout)
+        ends.append((state(registry), left[0]))
+        writes += 1
+    assert writes > 3
+    assert all(end == ends[-1][0] for end, _ in ends)

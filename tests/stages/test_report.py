@@ -72,7 +72,7 @@ def test_the_report_is_complete_self_contained_and_the_same_every_time(finished)
     assert "http" not in html and 'src="figures' not in html
     for file in files:
         assert f"(figures/{file})" in text
-    assert "base answers 40.0% and round 2 68.0%" in text and "r2 is promoted" in text
+    assert "base answers 40.0% and round 2 68.0%" in text and "r2 passes the gate" in text
     assert "&lt;b&gt;bottom" in html and "<b>bottom" not in html
     first = fingerprint("artifacts/report", cache=False)
     report.main()

@@ -1,0 +1,426 @@
+"""Deployments, triggers, GPU slots, notifications: a real Prefect server and worker, real DVC, a webhook."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.mini import REPOSITORY, executed, flow_environment
+
+pytestmark = pytest.mark.flows
+
+
+@pytest.fixture
+def deployed(project: Path, prefect_server: str) -> Path:
+    """A miniature project with the files that deployments are made from, on a server that has none yet."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        for deployment in client.read_deployments():
+            client.delete_deployment(deployment.id)
+    shutil.copy(REPOSITORY / "prefect.yaml", project / "prefect.yaml")
+    shutil.copytree(REPOSITORY / "deploy", project / "deploy")
+    return project
+
+
+@pytest.fixture
+def inbox() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The address of a webhook on this machine, and what it has received."""
+    received: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/hook", received
+    server.shutdown()
+
+
+def wait_for(what: Callable[[], Any], timeout_s: float = 30) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("timed out waiting")
+
+
+def deploy(root: Path, **options: Any) -> dict[str, str]:
+    """What `longview deploy` does, by name."""
+    from flows import deploy
+    from flows.registration import Options
+
+    return dict(deploy.deploy(root, Options(gpus=2, **options)).lines)
+
+
+def read(name: str) -> Any:
+    """A deployment of the server."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return client.read_deployment_by_name(f"{name}/{name}")
+
+
+def runs(name: str) -> list[Any]:
+    """The runs of a deployment."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        return [run for run in client.read_flow_runs(limit=200) if run.deployment_id == read(name).id]
+
+
+def texts(received: list[dict[str, Any]]) -> list[str]:
+    return [message["text"] for message in received]
+
+
+def make_source(folder: Path, answer: str = "2") -> Path:
+    """A data set that can be imported."""
+    from PIL import Image
+
+    (folder / "photos").mkdir(parents=True)
+    rows = []
+    for number in range(20):
+        Image.new("RGB", (40, 40), (number, 0, 9)).save(folder / f"photos/{number}.png")
+        row = {"id": number, "image": f"photos/{number}.png", "question": "How many?", "answer": answer}
+        rows.append(json.dumps(row) + "\n")
+    (folder / "records.jsonl").write_text("".join(rows))
+    return folder
+
+
+def test_deploying_twice_changes_nothing(deployed: Path) -> None:
+    first = deploy(deployed, cron="0 3 * * *", timezone="Europe/Zurich", drop="/inbox")
+    assert first["retrain/retrain"] == "created"
+    before = read("retrain"), read("data-watch")
+    assert set(deploy(deployed).values()) == {"unchanged"}
+    assert (read("retrain"), read("data-watch")) == before
+    retrain, watch = before
+    assert retrain.schedules[0].schedule.cron == "0 3 * * *"
+    assert retrain.global_concurrency_limit.limit == 1
+    assert watch.parameters == {"drop": "/inbox"} and watch.schedules[0].schedule.interval.seconds == 300
+    rounds = retrain.parameter_openapi_schema["properties"]["rounds"]
+    assert {"type": "integer", "minimum": 1, "maximum": 99} in rounds["anyOf"]
+    off = deploy(deployed, cron="off", drop="off")
+    assert off["retrain/retrain"] == off["data-watch/data-watch"] == "changed"
+    assert not read("retrain").schedules and not read("data-watch").parameters
+
+
+def test_a_schedule_makes_runs(deployed: Path) -> None:
+    """As the server's scheduler makes them, which a temporary server does not start."""
+    from prefect.client.orchestration import get_client
+
+    deploy(deployed, cron="0 3 * * *")
+    with get_client(sync_client=True) as client:
+        path = {"id": str(read("retrain").id)}
+        client.request("POST", "/deployments/{id}/schedule", path_params=path, json={"min_runs": 1})
+    assert runs("retrain")[0].next_scheduled_start_time.hour == 3
+
+
+def test_what_was_switched_off_in_the_ui_stays_off(deployed: Path) -> None:
+    from prefect.client.orchestration import get_client
+
+    deploy(deployed, cron="0 3 * * *")
+    retrain = read("retrain")
+    with get_client(sync_client=True) as client:
+        client.update_deployment_schedule(retrain.id, retrain.schedules[0].id, active=False)
+        (trigger,) = client.read_resource_related_automations(f"prefect.deployment.{retrain.id}")
+        client.pause_automation(trigger.id)
+        assert set(deploy(deployed).values()) == {"unchanged"}
+        deploy(deployed, infrastructure="docker")
+        deploy(deployed, infrastructure="process")
+        assert not client.read_automation(trigger.id).enabled
+    assert not read("retrain").schedules[0].active
+
+
+def test_prefect_deploy_registers_the_same(deployed: Path, prefect_server: str) -> None:
+    deploy(deployed)
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    environment = {**flow_environment(deployed), "PREFECT_API_URL": prefect_server, "PWD": str(deployed)}
+    done = subprocess.run(command, cwd=deployed, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(deploy(deployed).values()) == {"unchanged"}
+
+
+@pytest.mark.parametrize("kind", ["docker", "kubernetes"])
+def test_container_pools_are_accepted_and_kept(deployed: Path, kind: str) -> None:
+    from jsonschema import Draft202012Validator
+    from prefect.client.orchestration import get_client
+
+    deploy(deployed, infrastructure=kind, image="longview:1")
+    assert set(deploy(deployed).values()) == {"unchanged"}
+    retrain = read("retrain")
+    assert retrain.work_pool_name == f"longview-{kind}" and retrain.job_variables["image"] == "longview:1"
+    with get_client(sync_client=True) as client:
+        template = client.read_work_pool(retrain.work_pool_name).base_job_template
+    Draft202012Validator(template["variables"]).validate(retrain.job_variables)
+    used = set(template["variables"]["properties"])
+    assert {name for name in used if f"{{{{ {name} }}}}" in json.dumps(template["job_configuration"])} == used
+    deploy(deployed, infrastructure="process")
+    assert read("retrain").work_pool_name == "longview"
+
+
+def test_good_data_is_imported_announced_and_trained_on(deployed: Path, tmp_path: Path) -> None:
+    from flows import data
+    from flows.data_watch import data_watch
+
+    deploy(deployed)
+    drop = tmp_path / "drop"
+    make_source(drop / "good")
+    (drop / "bad").mkdir()
+    (drop / "bad/records.jsonl").write_text("nonsense\n")
+    before = data.version(deployed)
+    look = data_watch(str(drop), settled_s=0)
+    assert look["imported"] == ["good"] and look["announced"] and list(look["refused"]) == ["bad"]
+    assert look["version"] == data.version(deployed) != before
+    assert "cannot be used" in (drop / ".refused/bad.reason.txt").read_text()
+    assert (drop / ".imported/good/records.jsonl").is_file()
+    started = wait_for(lambda: runs("retrain"))
+    assert [run.parameters["data_version"] for run in started] == [look["version"]]
+    again = data_watch(str(drop), settled_s=0)
+    assert not (again["imported"] or again["refused"] or again["announced"])
+
+
+def test_a_copy_that_goes_on_is_left_alone(project: Path, prefect_server: str, tmp_path: Path) -> None:
+    from flows.data_watch import data_watch
+
+    folder = make_source(tmp_path / "drop/slow")
+    (tmp_path / "drop/begun").mkdir()
+    os.utime(tmp_path / "drop/begun", (0, 0))
+    done = threading.Event()
+
+    def copy() -> None:
+        while not done.wait(0.05):
+            with (folder / "photos/late.png").open("ab") as file:
+                file.write(b"x")
+
+    copier = threading.Thread(target=copy)
+    copier.start()
+    look = data_watch.fn(str(folder.parent), settled_s=0.3)
+    done.set()
+    copier.join()
+    assert look["unfinished"] == ["begun", "slow"] and not look["imported"] and folder.is_dir()
+
+
+def test_data_stays_as_it_is_while_a_run_goes_on(project: Path, prefect_server: str, tmp_path: Path) -> None:
+    from flows import recovery
+    from flows.data_watch import data_watch
+
+    folder = make_source(tmp_path / "drop/next")
+    with recovery.exclusive(project):
+        assert data_watch.fn(str(folder.parent), settled_s=0)["busy"]
+    assert folder.is_dir()
+
+
+def test_a_changed_url_is_imported_if_it_can_be_used(
+    project: Path, prefect_server: str, tmp_path: Path
+) -> None:
+    from flows import data
+    from flows.data_watch import data_watch
+
+    source = make_source(tmp_path / "source")
+    shutil.rmtree(project / "data")
+    (project / "data.dvc").unlink()
+    data.dvc(project, "import-url", "--quiet", str(source), "data")
+    first = data_watch.fn()["version"]
+    assert not data_watch.fn()["updated"]
+    records = (source / "records.jsonl").read_text()
+    (source / "records.jsonl").write_text(records.replace('"2"', '"3"'))
+    second = data_watch.fn()
+    assert second["updated"] and second["announced"] and second["version"] != first
+    (source / "records.jsonl").write_text("nonsense\n")
+    refused = data_watch.fn()
+    assert "data.dvc" in refused["refused"] and refused["version"] == second["version"]
+    assert '"3"' in (project / "data/records.jsonl").read_text()
+    assert not data_watch.fn()["refused"], "once is enough"
+
+
+def test_a_run_for_another_data_version_refuses(deployed: Path) -> None:
+    from flows import data
+    from flows.retrain import retrain
+
+    with pytest.raises(data.DataError, match="longview data rollback 0123456789"):
+        retrain(data_version="0123456789")
+    assert not executed(deployed)
+    assert retrain(data_version=str(data.version(deployed)), until="first", seed=7)["ran"] == ["first"]
+    assert "seed: 7" in (deployed / "params.yaml").read_text()
+
+
+def test_runs_are_told_of(deployed: Path, inbox: tuple[str, list[dict[str, Any]]]) -> None:
+    from flows import data
+    from flows.data_watch import data_watch
+    from flows.retrain import retrain
+    from flows.stage import StageFailed
+
+    url, received = inbox
+    deploy(deployed, notify=url)
+    assert deploy(deployed, notify=url)["notifications"] == "unchanged"
+    retrain(until="first")
+    (finished,) = wait_for(lambda: texts(received))
+    assert "1 stages run in" in finished and "first" in finished and "next: `longview status`" in finished
+    received.clear()
+    (deployed / "control/side.fail").write_text("No space left on device")
+    with pytest.raises(StageFailed):
+        retrain(until="side")
+    (failed,) = wait_for(lambda: texts(received))
+    assert "retrain failed" in failed and "stage 'side': ended with status" in failed
+    assert "what to do: the disk is full" in failed and len(failed) < 700
+    received.clear()
+    for _ in range(2):
+        with pytest.raises(data.DataError):
+            data_watch(drop="nowhere")
+    retrain(until="dpo@r1")
+    (looking, *others) = wait_for(lambda: len(received) > 1 and texts(received))
+    assert "the drop folder nowhere does not exist" in looking
+    assert len(others) == 1 and "a run finished" in others[0], "it is told of once"
+    assert deploy(deployed, notify="off")["notifications"] == "removed"
+
+
+def test_the_summary_says_what_came_out_and_what_to_do(deployed: Path) -> None:
+    from flows import notify
+    from flows.retrain import Summary
+
+    change = {"mean": 0.035, "low": 0.012, "high": 0.058, "n": 1000}
+    decision = {"decision": "promote", "candidate": "r3", "opponent": "champion r2", "reasoning": change}
+    comparison = {"systems": {"r3": {"accuracy": {"reasoning": {"mean": 0.715}}}}}
+    for path, content in ((notify.DECISION, decision), (notify.COMPARISON, comparison)):
+        (deployed / path).parent.mkdir(parents=True)
+        (deployed / path).write_text(json.dumps(content))
+    ran = ["sample@r3", "score@r3", "dpo@r3", "compare", "promote"]
+    done = Summary("77562a9e8aef.dir", ran, ["judge"], [], 3, "run/20261123-1a2b3c4d")
+    assert notify.summary(deployed, done, 4321) == [
+        "5 stages run, 1 restored in 1 h 12 min: sample@r3, score@r3, …, promote",
+        "data 77562a9e, version run/20261123-1a2b3c4d",
+        "accuracy 68.0% → 71.5%, +3.5 points (95%: +1.2 to +5.8, n = 1,000)",
+        "r3 is champion now, before it champion r2",
+        "next: `longview report`; to undo: `longview model rollback`",
+    ]
+
+
+def test_stages_of_two_runs_do_not_share_a_device(deployed: Path, tmp_path: Path) -> None:
+    from flows import devices
+
+    deploy(deployed)
+    order, said = [], []
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / ".work").mkdir(parents=True)
+
+    def hold() -> None:
+        with devices.held("dpo@r1", elsewhere):
+            order.append("first")
+            time.sleep(1)
+            order.append("first done")
+
+    other = threading.Thread(target=hold)
+    other.start()
+    wait_for(lambda: order)
+    with devices.held("compare", deployed):  # neither samples nor trains
+        order.append("compare")
+    with devices.held("sample@r1", deployed, said.append):
+        order.append("second")
+    other.join()
+    assert order == ["first", "compare", "first done", "second"] and "gpu-0, gpu-1" in said[0]
+
+
+def test_a_killed_run_does_not_keep_its_device(deployed: Path, prefect_server: str) -> None:
+    from flows import devices
+
+    deploy(deployed)
+    code = (
+        "from pathlib import Path\nfrom flows import devices\n"
+        "with devices.held('dpo', Path.cwd()):\n    print('held', flush=True)\n    input()"
+    )
+    environment = {**flow_environment(deployed), "PREFECT_API_URL": prefect_server}
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=deployed,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert killed.stdout and killed.stdout.readline() == b"held\n"
+    killed.kill()
+    killed.communicate()
+    said: list[str] = []
+    with devices.held("dpo", deployed, said.append):
+        assert not said and (deployed / ".work" / devices.NOTE).is_file()
+    assert not (deployed / ".work" / devices.NOTE).exists()
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"), [("", ["gpu-0", "gpu-1"]), ("1", ["gpu-1"]), ("GPU-7c1f", ["gpu-0", "gpu-1"])]
+)
+def test_a_stage_takes_the_devices_that_it_may_see(visible: str, seen: list[str]) -> None:
+    from flows import devices
+
+    assert devices.seen(devices.names(2), {"CUDA_VISIBLE_DEVICES": visible}) == seen
+
+
+def test_a_worker_runs_what_is_asked_for(deployed: Path, prefect_server: str) -> None:
+    from prefect.deployments import run_deployment
+
+    deploy(deployed)
+    environment = {**flow_environment(deployed), "PREFECT_API_URL": prefect_server}
+    with (deployed / "control/worker.log").open("wb") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "worker"],
+            cwd=deployed,
+            env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        done = run_deployment("retrain/retrain", parameters={"until": "first"}, timeout=60, poll_interval=0.5)
+    finally:
+        worker.terminate()
+        worker.wait(30)
+    assert done.state and done.state.is_completed(), (deployed / "control/worker.log").read_text()
+    assert executed(deployed) == ["first"]
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [(None, "longview up, then longview deploy"), ("http://127.0.0.1:9/api", "does not answer")],
+)
+def test_without_a_server_deploy_says_how_to_get_one(deployed: Path, url: str | None, said: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    with temporary_settings({PREFECT_API_URL: url}):
+        done = CliRunner().invoke(app, ["deploy"])
+    assert done.exit_code == 1 and said in done.output
+
+
+def test_the_command_says_what_it_did(deployed: Path) -> None:
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    (deployed / "inbox").mkdir()
+    done = CliRunner().invoke(app, ["deploy", "--cron", "0 3 * * *", "--drop", "inbox", "--gpus", "1"])
+    assert done.exit_code == 0, done.output
+    assert "retrain/retrain" in done.output and "created" in done.output and "longview worker" in done.output
+    assert read("data-watch").parameters == {"drop": "inbox"}
+    wrong = CliRunner().invoke(app, ["deploy", "--cron", "at night"])
+    assert wrong.exit_code == 1 and "at night" in wrong.output
+    wrong = CliRunner().invoke(app, ["deploy", "--notify", "phone"])
+    assert wrong.exit_code == 1 and "Apprise" in wrong.output
