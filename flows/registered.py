@@ -5,6 +5,7 @@ python -m flows.registered        # every registered version, its aliases and th
 
 from __future__ import annotations
 
+import json
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,13 @@ class Registered:
     generation: str
     aliases: tuple[str, ...]
     checkpoints: dict[str, str]
+    was_champion: bool = False
+
+    @property
+    def held(self) -> bool:
+        """Whether somebody may want it back: an alias names it, or it was champion once. Every run registers
+        its candidate, so that a version exists says nothing."""
+        return self.was_champion or bool(self.aliases)
 
     @property
     def name(self) -> str:
@@ -57,7 +65,7 @@ def versions(found: Any | None) -> list[Registered]:
     try:
         models = [model for page in _pages(found.search_registered_models) for model in page]
         return [
-            _registered(version, {a: str(v) for a, v in model.aliases.items()})
+            _registered(version, {a: str(v) for a, v in model.aliases.items()}, _champions(model.tags))
             for model in models
             for page in _pages(found.search_model_versions, f"name = '{model.name}'")
             for version in page
@@ -76,7 +84,15 @@ def _pages(search: Any, *arguments: str) -> Any:
             return
 
 
-def _registered(version: Any, aliases: dict[str, str]) -> Registered:
+def _champions(tags: dict[str, str]) -> set[str]:
+    """The versions that were champion, by the history that tasks/promotion.py keeps."""
+    from tasks.registry import CHANGE
+
+    changes = [json.loads(value) for key, value in tags.items() if key.startswith(CHANGE)]
+    return {str(change[side]) for change in changes for side in ("before", "after") if change[side]}
+
+
+def _registered(version: Any, aliases: dict[str, str], champions: set[str]) -> Registered:
     tags = version.tags
     named = {"reasoning": tags.get("checkpoint_md5"), "summary": tags.get("summary_md5")}
     return Registered(
@@ -85,6 +101,7 @@ def _registered(version: Any, aliases: dict[str, str]) -> Registered:
         generation=tags.get("generation", ""),
         aliases=tuple(sorted(a for a, number in aliases.items() if number == str(version.version))),
         checkpoints={role: md5 for role, md5 in named.items() if md5},
+        was_champion=str(version.version) in champions,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which runs are kept, and why: the newest, the young, the pinned, and those whose models are registered.
+"""Which runs are kept, and why: the newest, the young, the pinned, and those that made a champion.
 
     python -m flows.retention       # every run version, and what keeps it under the default policy
 
@@ -138,7 +138,8 @@ def main() -> None:
     from flows import registered
     from flows.environment import root
 
-    for verdict in judge(root(), Policy(), registered.versions(registered.client(root()))):
+    held = [model for model in registered.versions(registered.client(root())) if model.held]
+    for verdict in judge(root(), Policy(), held):
         print(verdict.version.tag, ", ".join(verdict.reasons) or "goes")
 
 

@@ -41,8 +41,8 @@ def gc(
 ) -> None:
     """Show what could be deleted; with --yes delete it.
 
-    A run stays if it is one of the newest, young, pinned, what the workspace is, or trained a registered
-    version. Also kept: whatever the workspace, a branch, a tag of yours or a worktree needs. Refused while
+    A run stays if it is one of the newest, young, pinned, what the workspace is, or trained a version that
+    has an alias or was champion once. Also kept: whatever the workspace, a branch, a tag of yours or a worktree needs. Refused while
     a run is alive in this checkout, and where it cannot be known what something kept needs.
 
     Examples:

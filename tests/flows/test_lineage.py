@@ -72,6 +72,7 @@ def run_once(project: Path, text: str) -> RunVersion:
 @pytest.fixture(scope="module")
 def three_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RunVersion]]:
     """A project with three runs on three data versions; the first one's last round is champion."""
+    from tasks import promotion
     from tasks.registry import Agents, Registry
 
     with pytest.MonkeyPatch.context() as patch:
@@ -88,7 +89,10 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run
             }
             answers = project / "predictions.jsonl"
             answers.write_text("{}\n")
-            Registry().promote("r2", Agents(md5[ROUND], md5[ROUND]), answers, "base")
+            registry, agents = Registry(), Agents(md5[ROUND], md5[ROUND])
+            candidate = promotion.Candidate("r2", agents, answers, {"promoted_over": "base"})
+            version = promotion.register(registry, candidate, renew=True)
+            promotion.promote(registry, version, "gate", "the first")
         answers.unlink()
     return project, runs
 
