@@ -9,7 +9,7 @@ Nothing here trusts DVC's state database, which remembers md5s by a file's size 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,15 @@ class Objects:
             return set(remote.list_oids_exists(md5s))
         except Exception:  # whatever the storage's client raises: it could not be asked
             return None
+
+    def fetch(self, md5: str) -> None:
+        """Bring a file or directory from the default remote into the cache, if it can be had."""
+        from dvc.exceptions import DvcException
+        from dvc_data.hashfile.hash_info import HashInfo
+
+        with suppress(DvcException, OSError):
+            self.repo.cloud.pull([HashInfo(ALGORITHM, md5)])
+        self._trees.pop(md5, None)
 
     def _tree(self, md5: str) -> Any:
         from dvc_data.hashfile.hash_info import HashInfo

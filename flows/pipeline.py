@@ -49,7 +49,7 @@ def stages(root: Path) -> list[StageInfo]:
     """Every stage, each after all it depends on, in the order of dvc.yaml where that leaves a choice."""
     import networkx as nx
 
-    with _repo(root) as repo:
+    with opened(root) as repo:
         graph = repo.index.graph  # an edge goes from a stage to the one it depends on
         found = [s for s in repo.index.stages if s.cmd]
         position = {s: i for i, s in enumerate(found)}
@@ -79,21 +79,21 @@ def select(everything: list[StageInfo], until: str | None) -> list[StageInfo]:
 
 def states(root: Path, names: list[str] | None = None) -> dict[str, StageState]:
     """What DVC says of each stage now, by itself: an upstream stage that is stale does not show here."""
-    with _repo(root) as repo:
+    with opened(root) as repo:
         found = {s.name: s for s in repo.index.stages if s.cmd}
         return {name: _state(name, found[name].status()) for name in (names or found)}
 
 
 def data_states(root: Path) -> dict[str, StageState]:
     """What DVC says of the tracked source data (`*.dvc`)."""
-    with _repo(root) as repo:
+    with opened(root) as repo:
         return {s.addressing: _state(s.addressing, s.status()) for s in repo.index.stages if not s.cmd}
 
 
 def import_changed(root: Path, name: str) -> str | None:
     """What the source of a `dvc import-url` or `dvc import` holds now (an etag or md5), if that is not what
     `name` (a .dvc file) has; None if it is the same, or if nothing is imported."""
-    with _repo(root) as repo:
+    with opened(root) as repo:
         found = [s for s in repo.index.stages if s.addressing == name and s.is_import]
         return next((str(s.deps[0].get_hash()) for s in found if s.deps[0].workspace_status()), None)
 
@@ -105,7 +105,7 @@ def pending(root: Path, names: list[str] | None = None) -> list[str]:
 
 def push(root: Path) -> int:
     """Copy what the workspace uses to the default remote; return how many files went. Idempotent."""
-    with _repo(root) as repo:
+    with opened(root) as repo:
         return int(repo.push())
 
 
@@ -133,7 +133,7 @@ def _word(kind: str, what: Any) -> str:
 
 
 @contextmanager
-def _repo(root: Path) -> Iterator[Any]:
+def opened(root: Path) -> Iterator[Any]:
     """The DVC project, locked for the length of a question; waits for another DVC command to end."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo, lock_repo

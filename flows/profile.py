@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import difflib
 import io
+import shutil
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -123,6 +124,16 @@ def set_seed(root: Path, seed: int) -> list[str]:
         current["seed"] = seed
         _write(path, _dump(current))
     return changed
+
+
+def drop_old_rounds(root: Path) -> list[str]:
+    """Remove the folders of rounds that params.yaml no longer has (DVC's cache keeps them); say which."""
+    kept, said = set(read_rounds(root)), []
+    for folder in [*(root / "artifacts/rounds").glob("r*"), *(root / "artifacts/evaluate").glob("r*")]:
+        if folder.name[1:].isdigit() and folder.name not in kept:
+            said.append(f"{folder.relative_to(root)}: no longer a round, removed (DVC's cache keeps it)")
+            shutil.rmtree(folder)
+    return said
 
 
 def read_rounds(root: Path) -> list[str]:

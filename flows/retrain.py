@@ -9,7 +9,6 @@ Killed at any moment, the next run cleans up, continues and ends with the same b
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -139,11 +138,8 @@ def prepare(
     changed += profile.set_seed(root, seed) if seed is not None else []
     for line in changed:
         say(f"params.yaml: {line}")
-    kept = set(profile.read_rounds(root))
-    for folder in [*(root / "artifacts/rounds").glob("r*"), *(root / "artifacts/evaluate").glob("r*")]:
-        if folder.name[1:].isdigit() and folder.name not in kept:
-            say(f"{folder.relative_to(root)}: no longer a round, removed (DVC's cache keeps it)")
-            shutil.rmtree(folder)
+    for line in profile.drop_old_rounds(root):
+        say(line)
 
 
 def profile_of(root: Path) -> str:

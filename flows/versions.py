@@ -138,11 +138,17 @@ def resolve(root: Path, name: str) -> RunVersion:
 
 def read(root: Path, version: RunVersion, path: str) -> bytes:
     """A file as it was in that version. Raises VersionError if it holds none of that name."""
-    done = subprocess.run(
-        ["git", "show", f"{version.commit}:{_prefix(root)}{path}"], cwd=root, capture_output=True
-    )
+    try:
+        return read_at(root, version.commit, path)
+    except VersionError:
+        raise VersionError(f"{version.tag} holds no file {path}") from None
+
+
+def read_at(root: Path, revision: str, path: str) -> bytes:
+    """A file as it is at any git revision. Raises VersionError."""
+    done = subprocess.run(["git", "show", f"{revision}:{_prefix(root)}{path}"], cwd=root, capture_output=True)
     if done.returncode != 0:
-        raise VersionError(f"{version.tag} holds no file {path}")
+        raise VersionError(f"{revision} holds no file {path}")
     return done.stdout
 
 

@@ -1,18 +1,24 @@
-"""`longview data import` and `longview data check`: your own questions and images as the source data.
+"""`longview data`: your own questions and images as the source data, its versions, and the way back.
 
-longview data check ~/receipts
 longview data import ~/receipts
+longview data versions
+longview data rollback run/20261123-1a2b3c4d
 """
 
 from __future__ import annotations
 
+import json
 from contextlib import chdir
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-app = typer.Typer(help="The source data: bring your own, or check it.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from flows.data_versions import DataVersion, Difference
+
+app = typer.Typer(help="The source data: bring your own, compare versions, go back.", no_args_is_help=True)
 
 Source = Annotated[
     Path, typer.Argument(help="A folder with images and JSONL or LLaVA JSON, or one such file.")
@@ -73,3 +79,154 @@ def check(
         raise typer.Exit(1) from None
     data_import.print_report(report)
     raise typer.Exit(1 if report.errors else 0)
+
+
+Json = Annotated[bool, typer.Option("--json", help="For other programs.")]
+
+
+@app.command()
+def versions(as_json: Json = False) -> None:
+    """Every version of the data: since when, how much, and which runs and models were trained on it.
+
+    Examples:
+
+        longview data versions
+
+        longview data versions --json
+    """
+    from flows import data_versions, registered
+    from flows.environment import root
+    from flows.versions import VersionError
+
+    try:
+        found = data_versions.listing(root())
+    except (VersionError, registered.RegistryUnknown) as error:
+        _stop(error)
+    if as_json:
+        typer.echo(json.dumps([asdict(version) for version in found], indent=1))
+        return
+    if not found:
+        typer.echo(
+            "no data yet: `longview run` builds the embedded boards, `longview data import` takes yours"
+        )
+        return
+    _show_versions(found)
+
+
+def _show_versions(found: list[DataVersion]) -> None:
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table("", "data", "since", "size", "records", "kind", "runs", "models", box=None, pad_edge=False)
+    for version in found:
+        runs = [*version.runs[:2], *([f"{len(version.runs) - 2} more"] if len(version.runs) > 2 else [])]
+        table.add_row(
+            "*" if version.in_use else "",
+            version.md5[:8],
+            version.since[:16].replace("T", " ") if version.since else "no run yet",
+            decimal(version.size) if version.size is not None else "?",
+            f"{version.records:,}" if version.records is not None else "not in the cache",
+            version.kind or "",
+            ", ".join(runs),
+            ", ".join(version.models),
+        )
+    console = Console()
+    console.print(table)
+    console.print("\n* in use; `longview data diff A B` compares two, `longview data rollback RUN` goes back")
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="A version: md5 or its beginning, a run, a git revision.")],
+    after: Annotated[str | None, typer.Argument(help="Another one; what is in use if left out.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is different between two versions of the data: records by id, answers, lengths, examples.
+
+    Nothing of the working tree is touched; what the cache lacks comes from the remote.
+
+    Examples:
+
+        longview data diff 77562a
+
+        longview data diff run/20261101-1a2b3c4d run/20261123-5e6f7a8b --json
+    """
+    from flows import data_versions
+    from flows.environment import root
+
+    base = root()
+    try:
+        one, other = data_versions.find(base, before), data_versions.find(base, after)
+        found = data_versions.diff(base, one, other)
+    except data_versions.DataVersionError as error:
+        _stop(error)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
+    else:
+        _show_difference(found)
+
+
+def _show_difference(found: Difference) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    one, other = found.before, found.after
+    changed = ", ".join(f"{name} {count:,}" for name, count in found.changed.items() if name != "records")
+    console.print(f"{one.md5[:8]} -> {other.md5[:8]}: {one.records:,} -> {other.records:,} records")
+    console.print(
+        f"added {found.added:,}, removed {found.removed:,}, changed {found.changed['records']:,}"
+        + (f" ({changed})" if changed else "")
+    )
+    table = Table("", one.md5[:8], other.md5[:8], box=None, pad_edge=False)
+    table.add_row("question, characters", f"{one.question_length:.1f}", f"{other.question_length:.1f}")
+    table.add_row("answer, characters", f"{one.answer_length:.1f}", f"{other.answer_length:.1f}")
+    for title, left, right in (("split", one.splits, other.splits), ("answer", one.answers, other.answers)):
+        for name in dict.fromkeys([*left, *right]):
+            table.add_row(
+                f"{title} {escape(name[:40])}", *(f"{side.get(name, 0):,}" for side in (left, right))
+            )
+    console.print(table)
+    for kind, examples in found.examples.items():
+        for example in examples:
+            console.print(f"\n[bold]{kind}[/] {escape(example['id'])} {escape(example['fields'])}")
+            for label in ("before", "after"):
+                record = example[label]
+                if record:
+                    text = f"{record.get('question')} -> {record.get('answer')}  {record.get('images')}"
+                    console.print(f"  {label:7}{escape(text[:300])}")
+
+
+@app.command()
+def rollback(
+    revision: Annotated[
+        str, typer.Argument(help="A run's tag or id, `latest`, or the md5 of a data version.")
+    ],
+    with_code: Annotated[bool, typer.Option("--with-code", help="Restore what code differs, too.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite unsaved work, after a copy.")] = False,
+) -> None:
+    """Go back to an earlier run: its data, derived sets and checkpoints. Nothing is trained again.
+
+    Refused where something would be overwritten that is saved nowhere else. MLflow's champion stays.
+
+    Examples:
+
+        longview data rollback run/20261123-1a2b3c4d
+
+        longview data rollback 77562a
+    """
+    from flows import rollback as rollbacks
+    from flows.environment import root
+
+    try:
+        done = rollbacks.restore(root(), revision, with_code=with_code, force=force)
+    except rollbacks.EXPECTED as error:
+        _stop(error)
+    typer.echo(rollbacks.summary(done))
+
+
+def _stop(error: Exception) -> NoReturn:
+    typer.echo(f"\n{error}", err=True)
+    raise typer.Exit(1) from None

@@ -42,8 +42,9 @@ def gc(
     """Show what could be deleted; with --yes delete it.
 
     A run stays if it is one of the newest, young, pinned, what the workspace is, or trained a version that
-    has an alias or was champion once. Also kept: whatever the workspace, a branch, a tag of yours or a worktree needs. Refused while
-    a run is alive in this checkout, and where it cannot be known what something kept needs.
+    has an alias or was champion once. Also kept: whatever the workspace, a branch, a tag of yours or a
+    worktree needs. Refused while a run is alive in this checkout, and where it cannot be known what
+    something kept needs.
 
     Examples:
 

@@ -1,0 +1,264 @@
+"""The versions of the source data: what they are, which runs were trained on them, and how two differ.
+
+longview data versions
+longview data diff 3fa1 77562a
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows import data, objects, registered, versions
+from flows.objects import Objects
+
+RECORDS = "records.jsonl"
+SHOWN = 5
+"""Examples of each kind of change."""
+FREQUENT = 12
+"""Answers listed by name; the others are one line."""
+
+
+class DataVersionError(ValueError):
+    """No such version of the data, or its records are not to be had."""
+
+
+@dataclass(frozen=True)
+class DataVersion:
+    """One version of data/. `since`: ISO time of the first run on it. `size` in bytes. `models`: generations
+    and registered versions that were trained on it. Unknown values are None."""
+
+    md5: str
+    in_use: bool
+    since: str | None
+    size: int | None
+    files: int | None
+    records: int | None
+    kind: str | None
+    runs: tuple[str, ...]
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one version holds: counts, answers by frequency, and lengths in characters (mean)."""
+
+    md5: str
+    records: int
+    splits: dict[str, int]
+    answers: dict[str, int]
+    question_length: float
+    answer_length: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`before` against `after`. changed: which fields changed, by how many records. examples: by kind."""
+
+    before: Side
+    after: Side
+    added: int
+    removed: int
+    changed: dict[str, int]
+    examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def listing(root: Path) -> list[DataVersion]:
+    """Every version that a run was trained on, newest first, and the one in use."""
+    every, here = versions.versions(root), data.version(root)
+    registry = registered.versions(registered.client(root))
+    order = list(dict.fromkeys([*([here] if here else []), *(version.data for version in every)]))
+    found = []
+    with objects.opened(root) as stored:
+        for md5 in order:
+            runs = [version for version in every if version.data == md5]
+            pointer = _pointer(root, runs, md5 == here)
+            out = (pointer.get("outs") or [{}])[0]
+            kept = {md5 for run in runs for md5 in _made(root, run)}
+            found.append(
+                DataVersion(
+                    md5=md5,
+                    in_use=md5 == here,
+                    since=runs[-1].when.isoformat() if runs else None,
+                    size=out.get("size"),
+                    files=out.get("nfiles"),
+                    records=_count(stored, md5),
+                    kind=(pointer.get("meta") or {}).get("kind"),
+                    runs=tuple(run.tag for run in runs),
+                    models=tuple(m.name for m in registry if set(m.checkpoints.values()) & kept),
+                )
+            )
+    return found
+
+
+def _pointer(root: Path, runs: list[versions.RunVersion], in_use: bool) -> dict[str, Any]:
+    """data.dvc of this version."""
+    from ruamel.yaml import YAML
+
+    if in_use:
+        text = (root / data.POINTER).read_text(encoding="utf-8")
+    else:
+        text = versions.read(root, runs[0], data.POINTER).decode("utf-8")
+    return YAML(typ="safe").load(text) or {}
+
+
+def _made(root: Path, run: versions.RunVersion) -> Iterator[str]:
+    for stage in versions.lock(root, run)["stages"].values():
+        for entry in [*stage.get("outs", []), *stage.get("deps", [])]:
+            yield str(entry.get("md5"))
+
+
+def _count(stored: Objects, md5: str) -> int | None:
+    path = _records(stored, md5)
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def _records(stored: Objects, md5: str) -> Path | None:
+    """The records of a version in the cache; None if the cache has them not."""
+    part = stored.part(md5, RECORDS)
+    path = stored.path(part) if part else None
+    return path if path and path.is_file() else None
+
+
+def find(root: Path, name: str | None) -> str:
+    """The md5 that is meant: of data in use (None), an md5 or its beginning, a run, or a git revision.
+
+    Raises DataVersionError.
+    """
+    here = data.version(root)
+    if name is None:
+        if here is None:
+            raise DataVersionError(f"there is no {data.POINTER}: no data is in use")
+        return here
+    known = {version.data for version in versions.versions(root)} | ({here} if here else set())
+    found = [md5 for md5 in known if md5.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    try:
+        return versions.resolve(root, name).data
+    except versions.VersionError as error:
+        some = ", ".join(sorted(md5[:8] for md5 in known)) or "none"
+        raise DataVersionError(
+            f"no data version '{name}' (there are: {some}), and as a run: {error}"
+        ) from None
+
+
+def diff(root: Path, before: str, after: str) -> Difference:
+    """How the records of two versions differ, by id. Reads them in the cache, and fetches what it lacks.
+
+    Raises DataVersionError.
+    """
+    with objects.opened(root) as stored:
+        paths = [_fetched(stored, md5) for md5 in (before, after)]
+        images = [stored.listing(md5) or {} for md5 in (before, after)]
+    old, one = _read(paths[0], before, images[0])
+    new, other = _read(paths[1], after, images[1])
+    changed: Counter[str] = Counter()
+    examples: dict[str, list[tuple[str, str]]] = {"added": [], "removed": [], "changed": []}
+    for key in new.keys() | old.keys():
+        if key not in old:
+            examples["added"].append(("", key))
+        elif key not in new:
+            examples["removed"].append(("", key))
+        elif old[key] != new[key]:
+            parts = zip(FIELDS, _parts(old[key]), _parts(new[key]), strict=True)
+            fields = [name for name, was, is_now in parts if was != is_now]
+            changed.update(fields)
+            examples["changed"].append((", ".join(fields), key))
+    counts = {kind: len(found) for kind, found in examples.items()}
+    wanted = {kind: sorted(found, key=lambda pair: pair[1])[:SHOWN] for kind, found in examples.items()}
+    shown = _examples(paths, wanted)
+    return Difference(
+        one, other, counts["added"], counts["removed"], {"records": counts["changed"], **changed}, shown
+    )
+
+
+FIELDS = ("question", "answer", "image")
+PART_BYTES = 8
+"""Of each field's digest: a million records take 24 MB."""
+
+
+def _parts(digest: bytes) -> list[bytes]:
+    return [digest[at : at + PART_BYTES] for at in range(0, len(digest), PART_BYTES)]
+
+
+def _read(path: Path, md5: str, files: dict[str, str]) -> tuple[dict[str, bytes], Side]:
+    """Id -> digests of FIELDS, and what the version holds."""
+    digests: dict[str, bytes] = {}
+    answers: Counter[str] = Counter()
+    splits: Counter[str] = Counter()
+    lengths = [0, 0]
+    for record in _lines(path):
+        question, answer = _text(record, "question"), _text(record, "answer")
+        pictures = record.get("images") or [record.get("image")]
+        bytes_of = json.dumps([files.get(str(name), name) for name in pictures])
+        digests[str(record.get("id"))] = b"".join(_digest(text) for text in (question, answer, bytes_of))
+        answers[answer] += 1
+        splits[str(record.get("split", ""))] += 1
+        lengths[0] += len(question)
+        lengths[1] += len(answer)
+    count = max(1, len(digests))
+    frequent = dict(answers.most_common(FREQUENT))
+    if len(answers) > FREQUENT:
+        frequent[f"{len(answers) - FREQUENT:,} others"] = answers.total() - sum(frequent.values())
+    side = Side(md5, len(digests), dict(splits), frequent, lengths[0] / count, lengths[1] / count)
+    return digests, side
+
+
+def _text(record: dict[str, Any], name: str) -> str:
+    value = record.get(name)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=PART_BYTES).digest()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)
+
+
+def _examples(paths: list[Path], wanted: dict[str, list[tuple[str, str]]]) -> dict[str, list[dict[str, Any]]]:
+    """The records that are shown, read again: they were not kept."""
+    keys = {key for found in wanted.values() for _, key in found}
+    old, new = (
+        {str(record.get("id")): record for record in _lines(path) if str(record.get("id")) in keys}
+        for path in paths
+    )
+    return {
+        kind: [
+            {"id": key, "fields": fields, "before": old.get(key), "after": new.get(key)}
+            for fields, key in found
+        ]
+        for kind, found in wanted.items()
+    }
+
+
+def _fetched(stored: Objects, md5: str) -> Path:
+    """The records of a version, from the remote if the cache has them not."""
+    path = _records(stored, md5)
+    if path:
+        return path
+    stored.fetch(md5)
+    path = _records(stored, md5)
+    if path is None:
+        raise DataVersionError(
+            f"data version {md5[:8]}: neither the cache nor the remote has its {RECORDS}; "
+            "`dvc remote list` says where was looked"
+        )
+    return path

@@ -1,0 +1,165 @@
+"""Back to an earlier run, and how data versions differ: real git, DVC cache and remote, a small project."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from flows import data, pipeline, rollback, versions
+from flows.rollback import RollbackError
+from flows.versions import Facts, RunVersion
+from tests.support.mini import executed, make_project
+
+pytestmark = pytest.mark.flows
+
+
+def dvc(project: Path, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments, "-q"], cwd=project, check=True)
+
+
+def record(number: int, answer: str, image: str = "a.png") -> dict[str, object]:
+    return {
+        "id": str(number),
+        "question": f"question {number}",
+        "answer": answer,
+        "images": [f"images/{image}"],
+    }
+
+
+def run_once(project: Path, records: list[dict[str, object]], picture: bytes) -> RunVersion:
+    """New data, every stage by DVC, the push and the version, as a run does them."""
+    (project / "data/images").mkdir(exist_ok=True)
+    (project / "data/images/a.png").write_bytes(picture)
+    (project / "data/records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
+    dvc(project, "add", "data")
+    dvc(project, "repro")
+    dvc(project, "push")
+    made = versions.record(project, Facts(str(data.version(project)), "embedded"))
+    assert made
+    return made
+
+
+@pytest.fixture(scope="module")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[RunVersion]]:
+    project = make_project(tmp_path_factory.mktemp("two") / "project")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "add", "-A"], cwd=project, check=True)
+    subprocess.run([*git, "commit", "-qm", "project"], cwd=project, check=True)
+    with chdir(project):
+        first = run_once(project, [record(1, "3"), record(2, "4"), record(3, "5")], b"one")
+        second = run_once(project, [record(1, "3"), record(2, "6"), record(9, "1" * 40)], b"two")
+    return project, [first, second]
+
+
+@pytest.fixture
+def project(
+    two_runs: tuple[Path, list[RunVersion]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A copy of it to spoil, at the second run."""
+    folder = shutil.copytree(two_runs[0], tmp_path / "project", symlinks=True)
+    monkeypatch.setenv("LONGVIEW_ROOT", str(folder))
+    monkeypatch.setenv("LONGVIEW_TRACKING", "off")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(folder)
+    yield folder
+
+
+@pytest.fixture
+def runs(two_runs: tuple[Path, list[RunVersion]]) -> list[RunVersion]:
+    return two_runs[1]
+
+
+def longview(*arguments: str) -> Result:
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    return CliRunner().invoke(app, list(arguments))
+
+
+def lengths(project: Path) -> dict[str, str]:
+    """What the stages made of the data."""
+    return {
+        str(path.relative_to(project)): path.read_text() for path in project.glob("artifacts/**/table.md")
+    }
+
+
+def is_clean(project: Path) -> bool:
+    found = {**pipeline.data_states(project), **pipeline.states(project)}
+    return {state.state for state in found.values()} == {"up to date"}
+
+
+def test_back_and_forth_without_running_a_stage(project: Path, runs: list[RunVersion]) -> None:
+    second, ran = lengths(project), executed(project)
+    done = rollback.restore(project, runs[0].tag)
+    assert (done.tag, done.data, done.before, done.fetched) == (runs[0].tag, runs[0].data, runs[1].tag, 0)
+    assert lengths(project) != second and is_clean(project)
+    assert '"3"' in (project / "data/records.jsonl").read_text() and executed(project) == ran
+    assert longview("data", "rollback", str(done.before)).exit_code == 0
+    assert lengths(project) == second and is_clean(project) and executed(project) == ran
+
+
+def test_what_the_cache_lacks_comes_from_the_remote(project: Path, runs: list[RunVersion]) -> None:
+    shutil.rmtree(project / ".dvc/cache")
+    said = longview("data", "rollback", runs[0].data[:6])
+    assert said.exit_code == 0 and "came from the remote" in said.output and is_clean(project)
+    shutil.rmtree(project / ".dvc/cache")
+    shutil.rmtree(project / ".work/remote")
+    said = longview("data", "rollback", runs[1].tag)
+    assert said.exit_code == 1 and "neither the cache nor the remote" in said.output
+
+
+def test_work_that_is_saved_nowhere_is_not_overwritten(project: Path, runs: list[RunVersion]) -> None:
+    (project / "params.yaml").write_text((project / "params.yaml").read_text() + "mine: 1\n")
+    (project / "data/records.jsonl").write_text("{}\n")
+    with pytest.raises(RollbackError, match=r"would be overwritten: params\.yaml, data"):
+        rollback.restore(project, runs[0].tag)
+    assert "mine" in (project / "params.yaml").read_text()
+    done = rollback.restore(project, runs[0].tag, force=True)
+    assert done.kept and is_clean(project)
+    assert (project / done.kept / "data/records.jsonl").read_text() == "{}\n"
+    assert "mine" in (project / done.kept / "params.yaml").read_text()
+
+
+def test_other_code_is_named_and_restored_only_if_asked(project: Path, runs: list[RunVersion]) -> None:
+    stage = project / "stage.py"
+    theirs = stage.read_text()
+    stage.write_text(theirs + "# changed\n")
+    with pytest.raises(RollbackError, match=r"made by other code: stage\.py\n.*--with-code"):
+        rollback.restore(project, runs[0].tag)
+    with pytest.raises(RollbackError, match=r"would be overwritten: stage\.py"):
+        rollback.restore(project, runs[0].tag, with_code=True)
+    done = rollback.restore(project, runs[0].tag, with_code=True, force=True)
+    assert done.code == ("stage.py",) and stage.read_text() == theirs and is_clean(project)
+
+
+def test_killed_on_its_way_the_same_again_finishes_it(project: Path, runs: list[RunVersion]) -> None:
+    rollback.write(project, runs[0], list(rollback.RESTORED))  # and no file of DVC's
+    assert not is_clean(project)
+    rollback.restore(project, runs[0].tag)
+    assert is_clean(project)
+
+
+def test_versions_and_their_difference(project: Path, runs: list[RunVersion]) -> None:
+    listed = json.loads(longview("data", "versions", "--json").output)
+    assert [(v["md5"], v["in_use"], v["records"], v["runs"]) for v in listed] == [
+        (run.data, run is runs[1], 3, [run.tag]) for run in reversed(runs)
+    ]
+    assert longview("data", "versions").exit_code == 0
+    found = json.loads(longview("data", "diff", runs[0].tag, "--json").output)
+    assert (found["added"], found["removed"]) == (1, 1)
+    assert found["changed"] == {"records": 2, "answer": 1, "image": 2}
+    assert found["before"]["answers"] == {"3": 1, "4": 1, "5": 1} and found["after"]["answer_length"] == 14
+    assert [e["id"] for e in found["examples"]["changed"]] == ["1", "2"]
+    assert found["examples"]["removed"][0]["before"]["question"] == "question 3"
+    said = longview("data", "diff", runs[0].data[:6], runs[1].data[:6]).output
+    assert "added 1, removed 1, changed 2 (" in said and "question 2 -> 6" in said
+    assert "no data version 'ffff'" in longview("data", "diff", "ffff").output
