@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from flows.commands import data, deploy, doctor, explain, gc, model, run, servers, status
+from flows.commands import compare, data, deploy, doctor, explain, gc, model, run, servers, status
 
 app = typer.Typer(
     name="longview",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command()(run.run)
 app.command()(status.status)
 app.command()(status.report)
+app.command()(compare.compare)
 app.command()(servers.up)
 app.command()(servers.down)
 app.command()(deploy.deploy)

@@ -254,7 +254,7 @@ def _fetched(stored: Objects, md5: str) -> Path:
     path = _records(stored, md5)
     if path:
         return path
-    stored.fetch(md5)
+    stored.fetch(md5, RECORDS)
     path = _records(stored, md5)
     if path is None:
         raise DataVersionError(

@@ -57,14 +57,18 @@ class Objects:
         except Exception:  # whatever the storage's client raises: it could not be asked
             return None
 
-    def fetch(self, md5: str) -> None:
-        """Bring a file or directory from the default remote into the cache, if it can be had."""
+    def fetch(self, md5: str, below: str | None = None) -> None:
+        """Bring a file or directory, or one file below it, from the default remote, if it can be had."""
         from dvc.exceptions import DvcException
         from dvc_data.hashfile.hash_info import HashInfo
 
         with suppress(DvcException, OSError):
             self.repo.cloud.pull([HashInfo(ALGORITHM, md5)])
-        self._trees.pop(md5, None)
+            self._trees.pop(md5, None)
+            tree = self._tree(md5) if md5.endswith(DIRECTORY) else None
+            files = [info for key, _, info in tree or () if below in (None, "/".join(key))]
+            if files:  # DVC does not look into a directory that it is told to pull by its md5
+                self.repo.cloud.pull(files)
 
     def _tree(self, md5: str) -> Any:
         from dvc_data.hashfile.hash_info import HashInfo

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import dvc  # noqa: F401  (it logs to the stderr of its first import: not to that of a command under test)
 import pytest
 
 from tests.support.mini import make_project

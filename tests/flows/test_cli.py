@@ -18,6 +18,7 @@ COMMANDS = [
     ["up"],
     ["down"],
     ["doctor"],
+    ["compare"],
     ["explain"],
     ["gc"],
     ["deploy"],

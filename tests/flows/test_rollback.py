@@ -16,7 +16,7 @@ from click.testing import Result
 from flows import data, pipeline, rollback, versions
 from flows.rollback import RollbackError
 from flows.versions import Facts, RunVersion
-from tests.support.mini import executed, make_project
+from tests.support.mini import executed, flow_environment, make_project
 
 pytestmark = pytest.mark.flows
 
@@ -113,8 +113,18 @@ def test_what_the_cache_lacks_comes_from_the_remote(project: Path, runs: list[Ru
     assert said.exit_code == 0 and "came from the remote" in said.output and is_clean(project)
     shutil.rmtree(project / ".dvc/cache")
     shutil.rmtree(project / ".work/remote")
-    said = longview("data", "rollback", runs[1].tag)
-    assert said.exit_code == 1 and "neither the cache nor the remote" in said.output
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli",
+        "data",
+        "rollback",
+        runs[1].tag,
+    ]  # DVC logs to its own stderr
+    done = subprocess.run(
+        command, cwd=project, env=flow_environment(project), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 1 and "neither the cache nor the remote" in done.stderr
 
 
 def test_work_that_is_saved_nowhere_is_not_overwritten(project: Path, runs: list[RunVersion]) -> None:
@@ -154,6 +164,7 @@ def test_versions_and_their_difference(project: Path, runs: list[RunVersion]) ->
         (run.data, run is runs[1], 3, [run.tag]) for run in reversed(runs)
     ]
     assert longview("data", "versions").exit_code == 0
+    shutil.rmtree(project / ".dvc/cache")  # then from the remote
     found = json.loads(longview("data", "diff", runs[0].tag, "--json").output)
     assert (found["added"], found["removed"]) == (1, 1)
     assert found["changed"] == {"records": 2, "answer": 1, "image": 2}

@@ -1,0 +1,117 @@
+"""Generations and runs side by side, and the page of flipped questions: real git and DVC, made-up answers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from flows import compare, versions
+from flows.versions import Facts
+from tasks import compare as stage
+from tasks import flips
+from tests.support.results_data import predictions
+
+DVC_YAML = """
+stages:
+  evaluate:
+    foreach: [base, r1]
+    do:
+      cmd: cp -r made/${item} artifacts/evaluate/${item}
+      deps: ["made/${item}"]
+      outs: ["artifacts/evaluate/${item}"]
+"""
+ROUND = {"reward": {"mean": 53.3, "margin_mean": 99.0}, "pairs": {"kept": 291, "dropped": {"all_right": 158}}}
+
+
+def call(project: Path, *command: str) -> None:
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+
+
+def make_run(project: Path, accuracies: dict[str, float], ids: str = "") -> versions.RunVersion:
+    rows = {name: predictions(share, ids=ids) for name, share in accuracies.items()}
+    for name, answers in rows.items():
+        folder = project / "made" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    call(project, sys.executable, "-m", "dvc", "repro", "-q")
+    call(project, sys.executable, "-m", "dvc", "push", "-q")
+    found = stage.run(rows, {"r1": ROUND}, resamples=200, seed=0)
+    for path, content in (
+        (compare.COMPARISON, found),
+        (compare.DECISION, {"decision": "keep", "candidate": "r1"}),
+    ):
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
+        (project / path).write_text(json.dumps(content))
+    made = versions.record(project, Facts("ab12.dir", "embedded"))
+    assert made
+    return made
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    call(tmp_path, "git", "init", "-q")
+    call(tmp_path, sys.executable, "-m", "dvc", "init", "-q")
+    call(
+        tmp_path, sys.executable, "-m", "dvc", "remote", "add", "-d", "-q", "local", str(tmp_path / ".remote")
+    )
+    (tmp_path / "dvc.yaml").write_text(DVC_YAML)
+    (tmp_path / ".gitignore").write_text("/artifacts\n/made\n/.remote\n")
+    (tmp_path / "artifacts/evaluate").mkdir(parents=True)
+    monkeypatch.setenv("LONGVIEW_ROOT", str(tmp_path))
+    monkeypatch.setenv("LONGVIEW_TRACKING", "off")
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def longview(*arguments: str) -> Result:
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    return CliRunner().invoke(app, ["compare", *arguments])
+
+
+def test_generations_of_the_checkout_with_paired_differences(project: Path) -> None:
+    assert "nothing is compared yet" in longview().output
+    make_run(project, {"base": 0.5, "r1": 0.6})
+    found = json.loads(longview("--json").output)
+    assert [row["name"] for row in found["rows"]] == ["base", "r1"]
+    assert found["rows"][1]["previous"]["mean"] == pytest.approx(0.1) and found["rows"][1]["policy"] == "base"
+    said = longview().output
+    assert "against the one before" in said and "all_right 158" in said and "53.3" in said
+    text = longview("--markdown", "-").output
+    assert text.startswith("**r1: 60.0") and "| base | 50.0" in text and "points against base" in text
+
+
+def test_runs_are_read_from_the_cache_or_the_remote_and_paired_where_questions_are_the_same(
+    project: Path,
+) -> None:
+    first = make_run(project, {"base": 0.5, "r1": 0.6})
+    second = make_run(project, {"base": 0.5, "r1": 0.7})
+    other = make_run(project, {"base": 0.5, "r1": 0.8}, ids="new-")
+    shutil.rmtree(project / ".dvc/cache")
+    rows = json.loads(longview(first.tag, second.tag, other.tag, "--json").output)["rows"]
+    assert [(row["run"], row["name"]) for row in rows] == [(run.tag, "r1") for run in (first, second, other)]
+    assert rows[1]["previous"]["mean"] == pytest.approx(0.1) and rows[2]["previous"] is None
+    every = json.loads(longview(first.tag, second.tag, "--rounds", "--json").output)["rows"]
+    assert [row["name"] for row in every] == ["base", "r1", "base", "r1"]
+    assert "no run version 'nothing'" in longview("nothing").output
+
+
+def test_the_page_shows_what_flipped_and_escapes_what_models_write(project: Path, tmp_path: Path) -> None:
+    make_run(project, {"base": 0.5, "r1": 0.6})
+    page = project / "out/flips.html"
+    said = longview("--html", str(page), "--between", "base", "r1")
+    assert said.exit_code == 0 and "40 won, 0 lost" in said.output
+    assert page.read_text().count("<article>") == 40 and "the picture cannot be shown" in page.read_text()
+    assert "2 generations of that name" not in said.output
+    assert "0 generations of that name" in longview("--html", str(page), "--between", "base", "r9").output
+    old, new = ({**predictions(1.0)[0], "right": right, "reasoning": "<script>"} for right in (True, False))
+    text = flips.page(flips.flips([old], [new]), "r1", "r2", lambda name: b"")
+    assert "&lt;script&gt;" in text and "<script>" not in text and "right → wrong: 1" in text
