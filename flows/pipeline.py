@@ -7,9 +7,11 @@ Asking in process costs a quarter of a second for the whole pipeline; a `dvc` co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,24 @@ def states(root: Path, names: list[str] | None = None) -> dict[str, StageState]:
     """What DVC says of each stage now, by itself: an upstream stage that is stale does not show here."""
     with opened(root) as repo:
         found = {s.name: s for s in repo.index.stages if s.cmd}
-        return {name: _state(name, found[name].status()) for name in (names or found)}
+        wanted = names or list(found)
+        _hash_once([found[name] for name in wanted])
+        return {name: _state(name, found[name].status()) for name in wanted}
+
+
+def _hash_once(stages: Sequence[Any]) -> None:
+    """Let these stages share what they learn of a path: data/ is read by most of them."""
+    known: dict[str, Any] = {}
+
+    def ask(path: str, hash_of: Callable[[], Any]) -> Any:
+        if path not in known:
+            known[path] = hash_of()
+        return known[path]
+
+    for stage in stages:
+        for each in (*stage.deps, *stage.outs):
+            if each.protocol == "local" and type(each).__name__ != "ParamsDependency":
+                each.get_hash = partial(ask, each.fs_path, each.get_hash)
 
 
 def data_states(root: Path) -> dict[str, StageState]:
@@ -134,19 +153,33 @@ def _word(kind: str, what: Any) -> str:
 
 @contextmanager
 def opened(root: Path) -> Iterator[Any]:
-    """The DVC project, locked for the length of a question; waits for another DVC command to end."""
+    """The DVC project, locked for the length of a question; waits for another DVC command to end.
+
+    Inside of another `opened` of the same root it is the same project, as it was read then.
+    """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo, lock_repo
 
+    outer = _OPEN.get()
+    if outer and outer[0] == root:
+        yield outer[1]
+        return
     try:
         repo = Repo(str(root), _wait_for_lock=True)
         try:
             with _inside(root), lock_repo(repo):
-                yield repo
+                before = _OPEN.set((root, repo))
+                try:
+                    yield repo
+                finally:
+                    _OPEN.reset(before)
         finally:
             repo.close()
     except DvcException as error:
         raise PipelineError(f"DVC: {error}") from error
+
+
+_OPEN: ContextVar[tuple[Path, Any] | None] = ContextVar("_OPEN", default=None)
 
 
 @contextmanager

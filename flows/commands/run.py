@@ -76,10 +76,12 @@ def run(
                 *(f"params.yaml: {c}" for c in profiles.activate(root, profile, rounds, force=force)),
             ]:
                 typer.echo(line)
-            names = [s.name for s in pipeline.select(pipeline.stages(root), until)]
+            with pipeline.opened(root):  # read once for all three questions
+                names = [s.name for s in pipeline.select(pipeline.stages(root), until)]
+                current = data.is_current(root) and not pipeline.pending(root, names)
             finished = not read_note(root).get("unfinished")
             finished &= "promote" not in names or settled.is_settled(root)
-            if finished and data.is_current(root) and not pipeline.pending(root, names):
+            if finished and current:
                 done = f"{len(names)} stages, nothing to run"
                 typer.echo(f"everything is up to date: {done} ({_since(began)})")
                 return
