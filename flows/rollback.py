@@ -1,51 +1,18 @@
-"""Back to an earlier run: its data, derived sets and checkpoints, from cache or remote; nothing retrained.
+"""The flow that goes back to an earlier run: `longview data rollback`, for a deployment.
 
-    longview data rollback run/20261123-1a2b3c4d
-    python -m flows.rollback latest
-
-What comes back is what a run made and from what: dvc.lock, params.yaml and data.dvc, then every file that
-they name. The user's branch and code stay. Killed on its way, the same command again finishes it.
+longview data rollback run/20261123-1a2b3c4d        # the same without Prefect
 """
 
 from __future__ import annotations
 
-import shutil
-import sys
-from contextlib import chdir
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from flows import data, pipeline, recovery, versions
-from flows.environment import root as find_root
-from flows.environment import work
-from flows.profile import drop_old_rounds
-from flows.versions import LOCK, PARAMS, POINTER, RunVersion
-from flows.walk import say
-
-RESTORED = (PARAMS, POINTER, LOCK)
-MAP = "dvc.yaml"
-
-
-class RollbackError(RuntimeError):
-    """Nothing was restored, or not all of it; the message says why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What was done. `before`: the run version that the checkout was, to go back to; None if it was none."""
-
-    tag: str
-    data: str
-    before: str | None
-    code: tuple[str, ...]
-    fetched: int
-    kept: str | None = None
-    """Where copies of what was overwritten by force lie."""
+from flows.environment import root
+from flows.restoring import restore, summary
 
 
 @flow(name="rollback", persist_result=False)
@@ -56,181 +23,6 @@ def rollback(revision: str, with_code: bool = False) -> dict[str, Any]:
         revision: A run's tag or id, `latest`, a git revision, or the md5 of a data version.
         with_code: Restore the code that the stages read, too, where it differs.
     """
-    done = restore(find_root(), revision, with_code=with_code)
+    done = restore(root(), revision, with_code=with_code)
     create_markdown_artifact(summary(done), key="rollback", description=f"back to {done.tag}")
     return asdict(done)
-
-
-def restore(root: Path, name: str, *, with_code: bool = False, force: bool = False) -> Restored:
-    """Make the checkout what the run made; ends with nothing stale, or raises.
-
-    force: overwrite what is nowhere else, after a copy to .work/rollback/. Raises RollbackError,
-    versions.VersionError, recovery.BusyError or pipeline.PipelineError.
-    """
-    with chdir(root), recovery.exclusive(root) as cleaned:
-        for sentence in cleaned:
-            say(sentence)
-        every = versions.versions(root)
-        target = versions.resolve(root, name)
-        before = next((v.tag for v in every if v.tag.endswith(f"-{versions.identity(root)}")), None)
-        code = differing_code(root, target)
-        if code and not with_code:
-            place = target.tag.replace("/", "-")
-            raise RollbackError(
-                f"{target.tag} was made by other code: {_some(code)}\n"
-                f"  to restore that code, too:    longview data rollback {name} --with-code\n"
-                f"  to keep yours, elsewhere:     git worktree add ../{place} {target.tag}"
-            )
-        taken = [*RESTORED, *code]
-        unsaved = unsaved_files(root, taken, every) + unsaved_outputs(root)
-        if unsaved and not force:
-            raise RollbackError(
-                f"not saved anywhere else, and would be overwritten: {_some(unsaved)}\n"
-                "  commit it (or `dvc commit` what stages made); --force goes on, and puts copies aside"
-            )
-        kept = put_aside(root, unsaved) if unsaved else None
-        write(root, target, taken)
-        fetched = check_out(root)
-        for line in drop_old_rounds(root):
-            say(line)
-        check(root, target)
-        return Restored(target.tag, target.data, before, tuple(code), fetched, kept)
-
-
-def differing_code(root: Path, target: RunVersion) -> list[str]:
-    """dvc.yaml, and files that stages read and git has, where they are not as they were in that run."""
-    wanted = [MAP]
-    for stage in versions.lock(root, target)["stages"].values():
-        wanted += [d["path"] for d in stage.get("deps", []) if not _made(d["path"])]
-    changed = versions.git(
-        root, "diff", "--name-only", "--relative", target.commit, "--", *dict.fromkeys(wanted)
-    )
-    return changed.splitlines()
-
-
-def _made(path: str) -> bool:
-    return path == data.FOLDER or path.startswith((f"{data.FOLDER}/", "artifacts/"))
-
-
-def unsaved_files(root: Path, names: list[str], every: list[RunVersion]) -> list[str]:
-    """Of these files, those whose content neither HEAD nor any run version has."""
-    commits = [version.commit for version in every]
-    if versions.git(root, "rev-list", "--all", "--max-count=1"):
-        commits.append("HEAD")
-    found = []
-    for name in names:
-        path = root / name
-        if not path.is_file():
-            continue
-        mine = path.read_bytes()
-        if not any(_has(root, commit, name, mine) for commit in reversed(commits)):
-            found.append(name)
-    return found
-
-
-def _has(root: Path, commit: str, name: str, content: bytes) -> bool:
-    try:
-        return versions.read_at(root, commit, name) == content
-    except versions.VersionError:
-        return False
-
-
-def unsaved_outputs(root: Path) -> list[str]:
-    """data/ and outputs of stages that were edited by hand: DVC's cache has them as they were made only."""
-    with pipeline.opened(root) as repo:
-        outs = [out for stage in repo.index.stages for out in stage.outs if out.use_cache and out.exists]
-        return sorted(str(out.def_path) for out in outs if out.hash_info and _unsaved(out))
-
-
-def _unsaved(out: Any) -> bool:
-    """Not what dvc.lock or data.dvc says, nor anything else that the cache has."""
-    current = out.get_hash()
-    return current != out.hash_info and not out.cache.exists(current.value)
-
-
-def put_aside(root: Path, names: list[str]) -> str:
-    """Copies of what is about to be overwritten; returns the folder."""
-    folder = work("rollback", f"{datetime.now(UTC):%Y%m%d-%H%M%S}", base=root)
-    for name in names:
-        source, copy = root / name, folder / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, copy) if source.is_dir() else shutil.copy2(source, copy)
-    return str(folder.relative_to(root))
-
-
-def write(root: Path, target: RunVersion, names: list[str]) -> None:
-    """The files as they were in that run, each at once; dvc.lock last, for it says what a stage has made."""
-    for name in sorted(names, key=lambda name: name == LOCK):
-        path = root / name
-        try:
-            content = versions.read(root, target, name)
-        except versions.VersionError:  # not there then: only code can be
-            path.unlink(missing_ok=True)
-            continue
-        part = path.with_name(path.name + ".part")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        if path.is_file():
-            shutil.copymode(path, part)
-        part.replace(path)
-
-
-def check_out(root: Path) -> int:
-    """Every file from the cache, and what the cache lacks from the remote; returns how many were fetched."""
-    from dvc.exceptions import CheckoutError, DvcException
-
-    with pipeline.opened(root) as repo:
-        try:
-            repo.checkout(force=True)
-            return 0
-        except CheckoutError:
-            say("not all of it is in the cache: fetching from the remote")
-        try:
-            fetched = int(repo.fetch())
-            repo.checkout(force=True)
-            return fetched
-        except DvcException as error:
-            raise RollbackError(
-                f"neither the cache nor the remote has all of it: {error}\n"
-                "  `dvc remote list` says where was looked; with the right remote, do the same again"
-            ) from error
-
-
-def check(root: Path, target: RunVersion) -> None:
-    """Raises RollbackError unless every stage and data/ are up to date."""
-    found = {**pipeline.data_states(root), **pipeline.states(root)}
-    stale = [
-        f"{name} ({state.reason})" for name, state in found.items() if state.state != pipeline.UP_TO_DATE
-    ]
-    if stale:
-        raise RollbackError(f"{target.tag} is restored, but not up to date: {_some(stale)}")
-
-
-def summary(done: Restored) -> str:
-    """What was done and what to do next, for a person."""
-    lines = [f"back to {done.tag}: data {done.data[:8]}, its derived sets and checkpoints; nothing is stale"]
-    lines += [f"{done.fetched} files came from the remote"] if done.fetched else []
-    lines += [f"code restored, too: {_some(list(done.code))}"] if done.code else []
-    lines += [f"copies of what was overwritten: {done.kept}"] if done.kept else []
-    lines += [f"to undo this: longview data rollback {done.before}"] if done.before else []
-    lines += ["MLflow's champion is unchanged: `longview model rollback` moves it"]
-    return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-EXPECTED = (RollbackError, versions.VersionError, recovery.BusyError, pipeline.PipelineError)
-
-
-def main() -> None:
-    """Roll back from the command line."""
-    try:
-        print(summary(restore(find_root(), sys.argv[1])))
-    except EXPECTED as error:
-        sys.exit(str(error))
-
-
-if __name__ == "__main__":
-    main()

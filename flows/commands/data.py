@@ -217,14 +217,14 @@ def rollback(
 
         longview data rollback 77562a
     """
-    from flows import rollback as rollbacks
+    from flows import restoring
     from flows.environment import root
 
     try:
-        done = rollbacks.restore(root(), revision, with_code=with_code, force=force)
-    except rollbacks.EXPECTED as error:
+        done = restoring.restore(root(), revision, with_code=with_code, force=force)
+    except restoring.EXPECTED as error:
         _stop(error)
-    typer.echo(rollbacks.summary(done))
+    typer.echo(restoring.summary(done))
 
 
 def _stop(error: Exception) -> NoReturn:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from flows import data, pipeline, rollback, versions
-from flows.rollback import RollbackError
+from flows import data, pipeline, restoring, versions
+from flows.restoring import RollbackError
 from flows.versions import Facts, RunVersion
 from tests.support.mini import executed, flow_environment, make_project
 
@@ -99,7 +99,7 @@ def is_clean(project: Path) -> bool:
 
 def test_back_and_forth_without_running_a_stage(project: Path, runs: list[RunVersion]) -> None:
     second, ran = lengths(project), executed(project)
-    done = rollback.restore(project, runs[0].tag)
+    done = restoring.restore(project, runs[0].tag)
     assert (done.tag, done.data, done.before, done.fetched) == (runs[0].tag, runs[0].data, runs[1].tag, 0)
     assert lengths(project) != second and is_clean(project)
     assert '"3"' in (project / "data/records.jsonl").read_text() and executed(project) == ran
@@ -131,9 +131,9 @@ def test_work_that_is_saved_nowhere_is_not_overwritten(project: Path, runs: list
     (project / "params.yaml").write_text((project / "params.yaml").read_text() + "mine: 1\n")
     (project / "data/records.jsonl").write_text("{}\n")
     with pytest.raises(RollbackError, match=r"would be overwritten: params\.yaml, data"):
-        rollback.restore(project, runs[0].tag)
+        restoring.restore(project, runs[0].tag)
     assert "mine" in (project / "params.yaml").read_text()
-    done = rollback.restore(project, runs[0].tag, force=True)
+    done = restoring.restore(project, runs[0].tag, force=True)
     assert done.kept and is_clean(project)
     assert (project / done.kept / "data/records.jsonl").read_text() == "{}\n"
     assert "mine" in (project / done.kept / "params.yaml").read_text()
@@ -144,17 +144,17 @@ def test_other_code_is_named_and_restored_only_if_asked(project: Path, runs: lis
     theirs = stage.read_text()
     stage.write_text(theirs + "# changed\n")
     with pytest.raises(RollbackError, match=r"made by other code: stage\.py\n.*--with-code"):
-        rollback.restore(project, runs[0].tag)
+        restoring.restore(project, runs[0].tag)
     with pytest.raises(RollbackError, match=r"would be overwritten: stage\.py"):
-        rollback.restore(project, runs[0].tag, with_code=True)
-    done = rollback.restore(project, runs[0].tag, with_code=True, force=True)
+        restoring.restore(project, runs[0].tag, with_code=True)
+    done = restoring.restore(project, runs[0].tag, with_code=True, force=True)
     assert done.code == ("stage.py",) and stage.read_text() == theirs and is_clean(project)
 
 
 def test_killed_on_its_way_the_same_again_finishes_it(project: Path, runs: list[RunVersion]) -> None:
-    rollback.write(project, runs[0], list(rollback.RESTORED))  # and no file of DVC's
+    restoring.write(project, runs[0], list(restoring.RESTORED))  # and no file of DVC's
     assert not is_clean(project)
-    rollback.restore(project, runs[0].tag)
+    restoring.restore(project, runs[0].tag)
     assert is_clean(project)
 
 
