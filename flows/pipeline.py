@@ -44,7 +44,13 @@ class StageState:
 
     name: str
     state: str
-    reason: str = ""
+    changes: tuple[tuple[str, str], ...] = ()
+    """Each path that is not as it was, and what became of it."""
+
+    @property
+    def reason(self) -> str:
+        """The changes as half a sentence."""
+        return ", ".join(f"{path} {what}".strip() for path, what in self.changes)
 
 
 def stages(root: Path) -> list[StageInfo]:
@@ -86,6 +92,12 @@ def states(root: Path, names: list[str] | None = None) -> dict[str, StageState]:
         wanted = names or list(found)
         _hash_once([found[name] for name in wanted])
         return {name: _state(name, found[name].status()) for name in wanted}
+
+
+def state(root: Path, name: str) -> StageState:
+    """What DVC says of one stage now: it reads that one alone, not the whole pipeline."""
+    with opened(root) as repo:
+        return _state(name, repo.stage.load_one(name=name).status())
 
 
 def _hash_once(stages: Sequence[Any]) -> None:
@@ -141,8 +153,7 @@ def _state(name: str, status: dict[str, list[Any]]) -> StageState:
             changes.update({path: _word(kind, what) for path, what in items.items()})
     if not changes:
         return StageState(name, UP_TO_DATE)
-    reason = ", ".join(f"{path} {what}".strip() for path, what in changes.items())
-    return StageState(name, MISSING if missing else STALE, reason)
+    return StageState(name, MISSING if missing else STALE, tuple(changes.items()))
 
 
 def _word(kind: str, what: Any) -> str:

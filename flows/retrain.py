@@ -98,21 +98,24 @@ def retrain(
             data.require(root, data_version)
         prepare(root, profile_name, rounds, seed, force=force)
         version = ensure_data(str(root))
-        stages = pipeline.select(pipeline.stages(root), until)
-        names = [s.name for s in stages]
+        with pipeline.opened(root):
+            stages = pipeline.select(pipeline.stages(root), until)
+            names = [s.name for s in stages]
+            states = pipeline.states(root, names)
         with ExitStack() as stack:
             held = read_note(root)  # of a run that ended before all was pushed and published
-            if pipeline.pending(root, names):
+            if any(state.state != pipeline.UP_TO_DATE for state in states.values()):
                 write_note(root, unfinished="yes")
                 stack.enter_context(_recorder())
             parent = stack.enter_context(parent_run(root, str(profile_of(root))))
             if held.get("unfinished") and held.get("parent_run_id"):
                 parent.id()  # goes on
-            walk = Walk(root, stages, parent, stage_timeout_s)
+            walk = Walk(root, stages, states, parent, stage_timeout_s)
             walk_all(walk)
-            check_nothing_stale(str(root), names)
             executed = len(walk.did("skipped")) < len(stages)
-            pushed = push(str(root)) if executed or held.get("unfinished") else 0
+            with pipeline.opened(root):
+                check_nothing_stale(str(root), names)
+                pushed = push(str(root)) if executed or held.get("unfinished") else 0
             made = None
             if until is None:  # half a pipeline is no version
                 facts = versions.Facts(
