@@ -23,7 +23,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from flows import approval, data, notify, pipeline, profile, recovery, versions
+from flows import approval, data, dvc_server, notify, pipeline, profile, recovery, versions
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
@@ -107,6 +107,7 @@ def retrain(
             if any(state.state != pipeline.UP_TO_DATE for state in states.values()):
                 write_note(root, unfinished="yes")
                 stack.enter_context(_recorder())
+                stack.enter_context(dvc_server.running(root))
             parent = stack.enter_context(parent_run(root, str(profile_of(root))))
             if held.get("unfinished") and held.get("parent_run_id"):
                 parent.id()  # goes on

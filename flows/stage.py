@@ -6,7 +6,6 @@ python -m flows.retrain        # walks every stage with it
 from __future__ import annotations
 
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from flows import devices, recovery, terminal
+from flows import devices, dvc_server, recovery, terminal
 from flows.environment import stage_environment, work
 
 DAY_S = 24 * 3600
@@ -100,11 +99,11 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
     environment.pop("LONGVIEW_PARENT_RUN_ID", None)
     if parent_run_id:
         environment["LONGVIEW_PARENT_RUN_ID"] = parent_run_id
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
     began = time.monotonic()
     try:
         with devices.held(stage, root):
-            status = terminal.run(command, log=log, cwd=root, environment=environment, timeout_s=timeout_s)
+            repro = dvc_server.repro(stage, root, environment)
+            status = terminal.run(repro, log=log, timeout_s=timeout_s)
     except terminal.TimedOut as error:
         raise StageFailed(_message(stage, root, log, str(error))) from None
     seconds = time.monotonic() - began
