@@ -23,7 +23,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
-from flows import supervise, terminal
+from flows import lock_file, supervise, terminal
 
 REPRO = ("--wait-for-lock", "repro", "--single-item")
 
@@ -118,6 +118,7 @@ def main() -> None:
     parent, pipe = int(sys.argv[1]), Connection(int(sys.argv[2]))
     supervisor = supervise.Supervisor(parent)
     _warm_up()
+    lock_file.install()
     with suppress(EOFError):
         while True:
             words, environment = pipe.recv()
