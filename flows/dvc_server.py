@@ -23,7 +23,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
-from flows import lock_file, supervise, terminal
+from flows import hashing, lock_file, supervise, terminal
 
 REPRO = ("--wait-for-lock", "repro", "--single-item")
 
@@ -156,7 +156,8 @@ def _become(words: list[str], environment: Mapping[str, str], output: int, pipe:
     os.environ.update(environment)
     from dvc.cli import main as dvc
 
-    sys.exit(dvc(words))
+    with hashing.once():
+        sys.exit(dvc(words))
 
 
 class _Forked:

@@ -7,13 +7,14 @@ Asking in process costs a quarter of a second for the whole pipeline; a `dvc` co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from flows import hashing
 
 UP_TO_DATE, STALE, MISSING = "up to date", "stale", "missing"
 
@@ -90,29 +91,14 @@ def states(root: Path, names: list[str] | None = None) -> dict[str, StageState]:
     with opened(root) as repo:
         found = {s.name: s for s in repo.index.stages if s.cmd}
         wanted = names or list(found)
-        _hash_once([found[name] for name in wanted])
-        return {name: _state(name, found[name].status()) for name in wanted}
+        with hashing.once():
+            return {name: _state(name, found[name].status()) for name in wanted}
 
 
 def state(root: Path, name: str) -> StageState:
     """What DVC says of one stage now: it reads that one alone, not the whole pipeline."""
     with opened(root) as repo:
         return _state(name, repo.stage.load_one(name=name).status())
-
-
-def _hash_once(stages: Sequence[Any]) -> None:
-    """Let these stages share what they learn of a path: data/ is read by most of them."""
-    known: dict[str, Any] = {}
-
-    def ask(path: str, hash_of: Callable[[], Any]) -> Any:
-        if path not in known:
-            known[path] = hash_of()
-        return known[path]
-
-    for stage in stages:
-        for each in (*stage.deps, *stage.outs):
-            if each.protocol == "local" and type(each).__name__ != "ParamsDependency":
-                each.get_hash = partial(ask, each.fs_path, each.get_hash)
 
 
 def data_states(root: Path) -> dict[str, StageState]:
