@@ -116,6 +116,7 @@ def retrain(
             executed = len(walk.did("skipped")) < len(stages)
             with pipeline.opened(root):
                 check_nothing_stale(str(root), names)
+                recovery.keep_lock_file(root)
                 pushed = push(str(root)) if executed or held.get("unfinished") else 0
             made = None
             if until is None:  # half a pipeline is no version

@@ -112,7 +112,6 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
         text = log.read_text(encoding="utf-8", errors="replace")
         problem = f"ended with status {status} after {seconds:.0f} s"
         raise StageFailed(_message(stage, root, log, problem, status), transient=bool(TRANSIENT.search(text)))
-    recovery.keep_lock_file(root)
     restored = "is cached - skipping run" in log.read_text(encoding="utf-8", errors="replace")
     return Outcome(stage, "restored" if restored else "ran", seconds)
 
