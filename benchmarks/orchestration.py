@@ -13,8 +13,7 @@ Measured is each command from its start to its exit, all of them in turns:
 
 Beside ours: `dvc repro` alone; plain Prefect (benchmarks/peers/prefect_peer.py: one task a stage, each
 `dvc repro --single-item`) on the same server; Dagster and Metaflow (benchmarks/peers/), which run the stages'
-commands by themselves: they neither hash inputs nor keep versions of outputs, have no run with nothing to do and
-run every stage each time.
+commands by themselves: they neither hash inputs nor keep versions of outputs, and run every stage each time.
 """
 
 from __future__ import annotations
