@@ -46,10 +46,11 @@ def write(path, text):
     Path(path).write_text(text)
 
 agents = {"reasoning": wanted["md5"] * 32, "summary": "5" * 32}
+over = {**agents, "reasoning": wanted["over"] * 32} if wanted["over"] else None
 gain = {"mean": 0.1, "low": 0.05, "high": 0.15, "n": 400}
 share = {"mean": 0.6, "low": 0.55, "high": 0.65, "n": 400}
 decision = {"decision": wanted["decision"], "candidate": name, "candidate_agents": agents, "opponent": "base",
-            "opponent_agents": None, "reasoning": gain, "perception": gain, "reason": f"{name} gains"}
+            "opponent_agents": over, "reasoning": gain, "perception": gain, "reason": f"{name} gains"}
 write("artifacts/promote/decision.json", json.dumps(decision))
 systems = {name: {"accuracy": {"reasoning": share, "perception": share}}}
 write("artifacts/compare/comparison.json", json.dumps({"order": ["base", name], "systems": systems}))
@@ -113,9 +114,9 @@ def gated(project: Path, store: Path, prefect_server: str, monkeypatch: pytest.M
     return project
 
 
-def want(project: Path, md5: str, decision: str = "promote") -> None:
-    """What the stage is to decide, and on which checkpoint."""
-    (project / "wanted.json").write_text(json.dumps({"md5": md5, "decision": decision}))
+def want(project: Path, md5: str, decision: str = "promote", over: str = "") -> None:
+    """What the stage is to decide, on which checkpoint, and against whose."""
+    (project / "wanted.json").write_text(json.dumps({"md5": md5, "decision": decision, "over": over}))
 
 
 def with_gate(project: Path, section: str = "{}") -> None:
@@ -255,10 +256,10 @@ def test_a_wait_outlives_the_run_and_takes_the_answer_left_for_it(gated: Path, p
 
 
 def test_list_and_roll_back(gated: Path) -> None:
-    for md5 in ("1", "2"):
-        want(gated, md5)
+    for md5, over in (("1", ""), ("2", "1")):
+        want(gated, md5, over=over)
         run()
-    want(gated, "3", "keep")
+    want(gated, "3", "keep", over="2")
     run()
     rows = json.loads(longview("model", "list", "--json").output)
     assert [(row["version"], row["aliases"]) for row in rows] == [
