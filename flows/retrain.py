@@ -124,14 +124,13 @@ def retrain(
                     version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
                 )
                 made = record(str(root), facts)
-            if "promote" in names:
-                approval.settle(root, made)
+            state = approval.settle(root, made) if "promote" in names else None
             publish(root, parent.opened)
             write_note(root, unfinished=None)
         tag = made.tag if made else None
         done = Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
         if executed:
-            notify.finished(root, done, time.monotonic() - began)
+            notify.finished(root, done, time.monotonic() - began, state)
         return asdict(done)
 
 

@@ -36,6 +36,7 @@ from tasks.registry import (
 )
 
 Ruling = Literal["promote", "keep"]
+State = Literal["champion", "kept", "declined", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Candidate:
 class Outcome:
     """What became of the candidate. `question`: to a person, in Markdown, if it waits since now."""
 
-    state: Literal["champion", "kept", "declined", "waiting"]
+    state: State
     version: Version
     sentence: str
     question: str = ""

@@ -185,6 +185,18 @@ def meanwhile(act: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
         return other.result(), done
 
 
+def summary_artifact() -> str:
+    """What was said of the last run that did something."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    wanted = ArtifactFilter.model_validate({"key": {"any_": ["summary"]}})
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC)
+    return str(found[0].data)
+
+
 def answer(decision: str) -> tuple[str, str, str]:
     """Fill in the form; before that, wrongly."""
     from prefect.client.orchestration import get_client
@@ -208,6 +220,7 @@ def test_a_person_approves_on_the_form(gated: Path) -> None:
     assert champion.tags["run"] == done["tag"] and registry().waiting() is None
     (change,) = registry().history()
     assert (change.how, change.who, change.reason) == ("approval", "Bo", "looked at forty")
+    assert "multi_agent is champion now" in summary_artifact()
 
 
 def test_a_person_rejects_by_the_command_and_is_not_asked_again(gated: Path) -> None:
