@@ -1,7 +1,7 @@
 """Going back to an earlier run: seconds, against linking the same files and against what people type today.
 
     python -m benchmarks.rollback [--versions 10] [--repetitions 5] [--save]
-    python -m benchmarks.rollback --versions 3 --images 30000 --checkpoint-mb 200 [--save]      # ten times as large
+    python -m benchmarks.rollback --versions 3 --images 30000 --checkpoint-mb 200   # ten times as large
 
 The project is as large as the embedded profile's: 3,000 images, T + 2 checkpoints (T = 3) of 20 MB and their
 derived sets, of random bytes; its stages write them and do nothing else. Ten runs are made, each on data of
