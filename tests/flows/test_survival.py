@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ruamel.yaml import YAML
 
 from flows.parent_run import read_note
 from tests.support.mini import executed, flow_environment
@@ -92,17 +92,16 @@ def test_what_a_killed_run_had_published_is_not_made_again(project: Path, prefec
 
     retrain(until="side")
     key = pipeline.inputs_key(project, "side")
-    md5 = pipeline.output_md5(project, "side")
     lock = project / "dvc.lock"
     whole = lock.read_text()
+    md5 = YAML(typ="safe").load(whole)["stages"]["side"]["outs"][0]["md5"]
     for harm in (lambda: None, (project / "artifacts/side/table.md").unlink):
         note = project / ".work/published/side.json"
         note.parent.mkdir(exist_ok=True)
         note.write_text(json.dumps({"key": key, "md5": md5}))
         lock.write_text(whole.partition("  side:")[0])
         harm()
-        for runs in (project / ".dvc/cache/runs", project / ".dvc/cache/files/md5/runs"):
-            subprocess.run(["rm", "-rf", str(runs)], check=True)
+        shutil.rmtree(project / ".dvc/cache/runs")
         assert retrain(until="side")["restored"] == ["side"]
         assert executed(project).count("side") == 1 and lock.read_text() == whole
     (project / "artifacts/side/table.md").write_text("other")
@@ -111,7 +110,7 @@ def test_what_a_killed_run_had_published_is_not_made_again(project: Path, prefec
     assert not note.exists()
 
 
-@pytest.mark.parametrize("file", ["run.json.part", "dvc.lock.kept.part", "logs/first.log"])
+@pytest.mark.parametrize("file", ["run.json.part", "dvc.lock.kept.part"])
 def test_a_full_disk_is_named_and_the_next_run_continues(
     project: Path, prefect_server: str, file: str
 ) -> None:
