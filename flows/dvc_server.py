@@ -23,7 +23,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
 from typing import Any
 
-from flows import hashing, lock_file, supervise, terminal
+from flows import hashing, lock_file, published, supervise, terminal
 
 REPRO = ("--wait-for-lock", "repro", "--single-item")
 
@@ -156,7 +156,7 @@ def _become(words: list[str], environment: Mapping[str, str], output: int, pipe:
     os.environ.update(environment)
     from dvc.cli import main as dvc
 
-    with hashing.once():
+    with hashing.once(), published.keyed():
         sys.exit(dvc(words))
 
 

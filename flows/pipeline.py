@@ -7,6 +7,8 @@ Asking in process costs a quarter of a second for the whole pipeline; a `dvc` co
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -118,6 +120,43 @@ def import_changed(root: Path, name: str) -> str | None:
 def pending(root: Path, names: list[str] | None = None) -> list[str]:
     """The stages that are not up to date."""
     return [s.name for s in states(root, names).values() if s.state != UP_TO_DATE]
+
+
+def inputs_key(root: Path, name: str) -> str:
+    """A digest of what a stage would run on now: its command, dependencies and parameters."""
+    with opened(root) as repo:
+        return key(repo.stage.load_one(name=name))
+
+
+def key(stage: Any) -> str:
+    """The same of DVC's stage."""
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    stage.save_deps(allow_missing=True)
+    entry = {k: v for k, v in to_single_stage_lockfile(stage).items() if k != "outs"}
+    return hashlib.md5(json.dumps(entry, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+
+
+def record(root: Path, name: str, md5: str) -> bool:
+    """Write to cache and dvc.lock what DVC would have, had it seen the stage end with an output of this md5.
+
+    False, with nothing changed, if neither the workspace nor the cache has that output.
+    """
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    with opened(root) as repo:
+        stage = repo.stage.load_one(name=name)
+        (out,) = stage.outs
+        wanted = HashInfo("md5", md5)
+        if not out.exists or out.get_hash() != wanted:
+            out.hash_info = wanted
+            if out.changed_cache():
+                return False
+            out.checkout(force=True)  # killed while DVC was linking it from the cache
+        stage.save()
+        stage.commit()
+        stage.dump(update_pipeline=False)
+    return True
 
 
 def push(root: Path) -> int:

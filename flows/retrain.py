@@ -9,6 +9,7 @@ Killed at any moment, the next run cleans up, continues and ends with the same b
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,13 +24,14 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from flows import approval, data, dvc_server, notify, pipeline, profile, recovery, versions
+from flows import approval, data, dvc_server, interruption, notify, pipeline, profile, recovery, versions
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
 from flows.parent_run import parent_run, read_note, write_note
 from flows.stage import DAY_S, StageFailed
 from flows.walk import Walk, say
+from tasks import launch
 from tasks.params import ParamsError
 from tasks.tracking import TrackingError
 
@@ -49,6 +51,7 @@ EXPECTED = (
     pipeline.PipelineError,
     profile.ProfileError,
     recovery.BusyError,
+    interruption.Interrupted,
     ParamsError,
     TrackingError,
     versions.VersionError,
@@ -69,6 +72,7 @@ class Summary:
 
 
 @flow(name="retrain", persist_result=False)
+@interruption.interruptible
 def retrain(
     profile_name: str | None = None,
     rounds: Annotated[int, Field(ge=1, le=99)] | None = None,
@@ -94,6 +98,9 @@ def retrain(
     with chdir(root), recovery.exclusive(root, wait=queued) as cleaned, _noted(root):
         for sentence in cleaned:
             say(sentence)
+        asked = {**flow_run.parameters, "hardware": os.environ.get(launch.VARIABLE)}
+        asked.pop("force")  # would drop edits made since
+        write_note(root, asked=asked)  # for one that continues it
         if data_version:
             data.require(root, data_version)
         prepare(root, profile_name, rounds, seed, force=force)
@@ -126,7 +133,7 @@ def retrain(
                 made = record(str(root), facts)
             state = approval.settle(root, made) if "promote" in names else None
             publish(root, parent.opened)
-            write_note(root, unfinished=None)
+            write_note(root, unfinished=None, asked=None)
         tag = made.tag if made else None
         done = Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
         if executed:
@@ -249,6 +256,10 @@ def main() -> None:
             summary = retrain(args.profile, args.rounds, args.until, args.force)
     except EXPECTED as error:
         sys.exit(f"\n{error}")
+    except Exception as error:
+        if sentence := interruption.reason(error):
+            sys.exit(f"\n{sentence}")
+        raise
     print(
         f"ran {len(summary['ran'])}, restored {len(summary['restored'])}, skipped {len(summary['skipped'])}"
     )

@@ -16,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from flows import devices, dvc_server, recovery, terminal
+from flows import devices, dvc_server, published, recovery, terminal
 from flows.environment import stage_environment, work
 
 DAY_S = 24 * 3600
@@ -27,6 +27,7 @@ TRANSIENT = re.compile(
     r"Unable to acquire lock|is busy, it is being blocked by|database is locked"
     r"|Connection reset by peer|Temporary failure in name resolution|Read timed out"
     r"|429 Client Error|50[234] Server Error"
+    r"|the MLflow recorder (is gone|ended)"
 )
 
 ADVICE = [
@@ -94,12 +95,14 @@ def run_stage(
 
 def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float = DAY_S) -> Outcome:
     """Run the stage in a subprocess and say how it went. Raises StageFailed."""
+    began = time.monotonic()
+    if published.record(root, stage):
+        return Outcome(stage, "restored", time.monotonic() - began)
     log = _fresh_log(stage, root)
     environment = stage_environment(root)
     environment.pop("LONGVIEW_PARENT_RUN_ID", None)
     if parent_run_id:
         environment["LONGVIEW_PARENT_RUN_ID"] = parent_run_id
-    began = time.monotonic()
     try:
         with devices.held(stage, root):
             repro = dvc_server.repro(stage, root, environment)
@@ -112,6 +115,7 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
         text = log.read_text(encoding="utf-8", errors="replace")
         problem = f"ended with status {status} after {seconds:.0f} s"
         raise StageFailed(_message(stage, root, log, problem, status), transient=bool(TRANSIENT.search(text)))
+    published.forget(root, stage)
     restored = "is cached - skipping run" in log.read_text(encoding="utf-8", errors="replace")
     return Outcome(stage, "restored" if restored else "ran", seconds)
 
