@@ -1,8 +1,8 @@
 """What a stage published and DVC did not record, because the run was killed in between: it is not made again.
 
-A stage that the flow starts is told a digest of what it runs on. It leaves that with the md5 of its output once
-this is complete, in MLflow, too (tasks/stage.py). The next run finds the note. If it would run the stage on the
-same, it lets DVC record the output as it is.
+A stage that the flow starts is told a digest of what it runs on, and leaves it with the md5 of its output
+once this is complete, in MLflow, too (tasks/stage.py). The next run finds the note. If it would run the stage
+on the same, it lets DVC record the output as it is.
 
     python -m flows.published        # the notes of this checkout
 """
