@@ -43,7 +43,7 @@ from flows.commands.servers import MLFLOW, PREFECT, Server, command
 FOREIGN = ("LONGVIEW_", "PREFECT_", "MLFLOW_", "DVC_")
 """Settings of this checkout, not of the project."""
 VICTIMS = ("flow", "stage", "dvc", "prefect", "mlflow")
-PAUSE_S, AWAY_S = (0.2, 6.0), (0.5, 5.0)
+PAUSE_S, AWAY_S = (0.5, 10.0), (0.5, 5.0)
 """Between two kills, and before a server comes back."""
 ATTEMPTS, RUN_S, SERVER_S = 40, 600, 120
 """The most starts of one run, the longest a start may take, and a server to answer."""
