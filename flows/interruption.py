@@ -84,6 +84,9 @@ def reason(error: BaseException) -> str | None:
         from prefect.settings import PREFECT_API_URL
 
         url = str(PREFECT_API_URL.value() or "the temporary server").removesuffix("/api")
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            return f"Prefect at {url} refuses the password: set PREFECT_API_AUTH_STRING to user:password"
         return (
             f"Prefect at {url} does not answer ({_first_line(error)}): start it (`{longview()} up`), {then}"
         )

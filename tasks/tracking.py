@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import select
 import socket
 import subprocess
@@ -99,16 +100,35 @@ def client() -> Any:
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # In parts, a server would send clients to its S3 by the name that it has inside, which may not be theirs.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     for name, value in RETRIES.items():
         os.environ.setdefault(name, value)
     import mlflow
 
     mlflow.set_tracking_uri(uri)
-    with _alone(uri):
+    with _alone(uri), _let_in(uri):
         found = mlflow.MlflowClient(tracking_uri=uri)
         if found.get_experiment_by_name(EXPERIMENT) is None:
             _create_experiment(found, uri)
     return found
+
+
+@contextmanager
+def _let_in(uri: str) -> Iterator[None]:
+    """TrackingError, saying what to set, if the server knows no such user or lets this one do nothing."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        refused = re.search(r"error code (401|403)\b", str(error))
+        if not refused:
+            raise
+        raise TrackingError(
+            f"MLflow at {uri} refuses the user or the password (status {refused[1]}): set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD; its administrator makes accounts."
+        ) from error
 
 
 def experiment_id(found: Any) -> str:

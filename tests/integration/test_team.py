@@ -1,0 +1,116 @@
+"""A team's servers, all real: PostgreSQL, S3 with keys, MLflow with users, Prefect with a password.
+
+Set up by the files of deploy/team/; only the containers around them are missing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from benchmarks import chaos
+from tests.support.team import REGION, Team, servers, team
+
+
+def bucket(found: Team, name: str) -> Any:
+    key, secret = found.keys["root"]
+    return boto3.resource(
+        "s3",
+        endpoint_url=found.s3,
+        region_name=REGION,
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+    ).Bucket(name)
+
+
+def checkout(found: Team) -> Path:
+    """The small project of benchmarks/chaos.py with the team's bucket as its DVC remote."""
+    folder = found.folder / "checkout"
+    chaos.make(folder)
+    key, secret = found.keys["dvc"]
+    for words in (
+        ["add", "--default", "team", "s3://dvc/longview"],
+        ["modify", "team", "endpointurl", found.s3],
+        ["modify", "team", "region", REGION],
+        ["modify", "--local", "team", "access_key_id", key],
+        ["modify", "--local", "team", "secret_access_key", secret],
+    ):
+        dvc(folder, "remote", *words)
+    return folder
+
+
+def dvc(folder: Path, *words: str) -> str:
+    command = [sys.executable, "-m", "dvc", *words]
+    return subprocess.run(
+        command, cwd=folder, env=chaos.environment(folder), check=True, capture_output=True, text=True
+    ).stdout
+
+
+def longview(folder: Path, client: dict[str, str], *words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *words],
+        cwd=folder,
+        env={**chaos.environment(folder), **client},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    return done.returncode, done.stdout
+
+
+def test_a_run_on_the_teams_servers_a_backup_and_the_way_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with team(tmp_path) as found:
+        with servers(found):
+            assert "ada: add" in found.script("user.py", "add", "ada", server="users")
+            client = found.client("ada", "ada's own password")
+            folder = checkout(found)
+            status, said = longview(folder, client, "run")
+            assert status == 0, said
+            kept = {item.key for item in bucket(found, "mlflow").objects.all()}
+            assert any(key.endswith("predictions.jsonl") for key in kept), "MLflow's artifacts are in S3"
+
+            for lost in (".dvc/cache", "artifacts", "data"):
+                shutil.rmtree(folder / lost)
+            dvc(folder, "pull", "--quiet")
+            assert "up to date" in dvc(folder, "status")
+
+            status, said = longview(folder, {**client, "MLFLOW_TRACKING_PASSWORD": "wrong"}, "model", "list")
+            assert status == 1 and "MLFLOW_TRACKING_PASSWORD" in said and "Traceback" not in said, said
+            chaos.new_data(folder, 1)
+            status, said = longview(folder, {**client, "PREFECT_API_AUTH_STRING": "a:b"}, "run")
+            assert status == 1 and "PREFECT_API_AUTH_STRING" in said and "Traceback" not in said, said
+
+            assert "saved" in backup(found, "save")
+            status, said = longview(folder, client, "run")
+            assert status == 0, said
+            assert champion(found, client, monkeypatch) == "2"
+        bucket(found, "mlflow").objects.all().delete()
+        assert "restored" in backup(found, "restore")
+        assert {item.key for item in bucket(found, "mlflow").objects.all()} == kept
+        with servers(found):
+            assert champion(found, client, monkeypatch) == "1"
+
+
+def backup(found: Team, what: str) -> str:
+    return found.script("backup.py", "--folder", str(found.folder / "backups"), what, server="backup")
+
+
+def champion(found: Team, client: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The number of the champion's version, with its answers read from S3 through MLflow."""
+    from tasks.registry import Registry
+
+    for name, value in client.items():
+        monkeypatch.setenv(name, value)
+    registry = Registry()
+    version = registry.champion()
+    assert version and registry.predictions(version)
+    return version.number
