@@ -73,17 +73,17 @@ def compare(
 def _show(found: Comparison) -> None:
     """A table a person reads: a generation a column, since there are more figures than generations."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from tasks.side_by_side import HEAD, cells
+    from tasks.side_by_side import table
 
-    columns = [cells(row) for row in found.rows]
-    table = Table("", *(column[0] for column in columns), box=None, pad_edge=False)
-    for at, name in enumerate(HEAD[1:], start=1):
-        if any(column[at] for column in columns):
-            table.add_row(name, *(column[at] for column in columns))
+    head, *rows = table(found)
+    shown = Table(*map(escape, head), box=None, pad_edge=False)
+    for row in rows:
+        shown.add_row(*map(escape, row))
     console = Console()
-    console.print(table)
+    console.print(shown)
     console.print(f"\n{found.verdict}")
     if found.champion:
         console.print(f"champion: {found.champion}")
