@@ -105,7 +105,8 @@ def lines(found: Sequence[Generation], champion: Champion | None = None) -> list
     for before, generation in zip([None, *found], found, strict=False):
         beside = before if before and (before.run == generation.run or not several) else None
         previous.append(paired(generation.rows, beside.rows) if beside else None)
-        against.append(paired(generation.rows, champion.rows) if champion else None)
+        other = champion if not _is(generation, champion) else None
+        against.append(paired(generation.rows, other.rows) if other else None)
     tested = zip(found, adjusted(previous), adjusted(against), strict=True)
     return [Row(generation, before, other, _is(generation, champion)) for generation, before, other in tested]
 
@@ -160,6 +161,19 @@ def _against(title: str, gain: Mapping[str, Any] | None) -> str:
         return f"not paired with {title}: other questions, or answers that are gone"
     sure = "" if gain["low"] > 0 or gain["high"] < 0 else ", within chance"
     return f"{results.points(gain)} points against {title}{sure}"
+
+
+def flipped(rows: Sequence[Row]) -> tuple[Generation, Generation] | None:
+    """Between which two generations flipped questions are shown, if nobody says: the first of the last
+    candidate's run that reasons, or the run before if each shows one, and the candidate. None: there are no
+    two with answers."""
+    every = [row.generation for row in rows]
+    after = next((g for g in reversed(every) if g.candidate), every[-1])
+    earlier = [g for g in every[: every.index(after)] if g.rows]
+    same = [g for g in earlier if g.run == after.run]
+    if not after.rows or not earlier:
+        return None
+    return next((g for g in same if g.system.get("reasoning_tokens")), (same or earlier)[-1]), after
 
 
 HEAD = (

@@ -124,7 +124,7 @@ def test_the_page_shows_what_flipped_and_escapes_what_models_write(project: Path
     assert "2 generations of that name" not in said.output
     assert "0 generations of that name" in longview("--html", str(page), "--between", "base", "r9").output
     old, new = ({**predictions(1.0)[0], "right": right, "reasoning": "<script>"} for right in (True, False))
-    text = flips.page(flips.flips([old], [new]), "r1", "r2", lambda name: b"")
+    text = flips.page(flips.flips([old], [new]), "r1", "r2", flips.Source(lambda name: b""))
     assert "&lt;script&gt;" in text and "<script>" not in text and "right → wrong: 1" in text
 
 
