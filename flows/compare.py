@@ -69,12 +69,12 @@ def compare(runs: list[str] | None = None, rounds: bool = False) -> dict[str, An
 
 def make(root: Path, names: Sequence[str], *, rounds: bool = False) -> Comparison:
     """Compare. Raises CompareError or versions.VersionError."""
-    with objects.opened(root) as stored:
-        if names:
-            runs = [versions.resolve(root, name) for name in names]
+    if names:
+        runs = [versions.resolve(root, name) for name in names]
+        with objects.opened(root) as stored:
             found = [g for run in dict.fromkeys(runs) for g in of_run(root, stored, run, every=rounds)]
-        else:
-            found = of_workspace(root)
+    else:
+        found = of_workspace(root)
     if not found:
         raise CompareError("there is no generation to compare")
     kept = champion(root)

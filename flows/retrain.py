@@ -23,7 +23,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from flows import approval, data, notify, pipeline, profile, recovery, versions
+from flows import approval, data, notify, pipeline, profile, recovery, run_view, versions
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
@@ -121,6 +121,8 @@ def retrain(
                 made = record(str(root), facts)
             if "promote" in names:
                 approval.settle(root, made)
+            if until is None:
+                run_view.publish(root, parent.opened, facts, made)
             publish(root, parent.opened)
             write_note(root, unfinished=None)
         tag = made.tag if made else None
