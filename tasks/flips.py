@@ -8,27 +8,23 @@ Where records are annotated (the embedded boards), the oracle scores each chain 
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from models import results
-from models.images import ImageError, decode_image, read_image
+from models.images import read_image
 from models.records import read_jsonl
 from models.results import Rows
 from tasks import side_by_side
+from tasks.pages import Pictures, render, thumbnail
 from tasks.side_by_side import Comparison
 
-PIXELS = 160
 SHOWN = 200
 """Of each direction; the page says how many there are."""
-Pictures = Callable[[str], bytes]
-"""The bytes of an image by its name in a record. Raises OSError or ImageError."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +90,6 @@ def page(found: Flips, before: str, after: str, source: Source, comparison: Comp
         scored=bool(source.boards),
         overview=_overview(comparison) if comparison else None,
     )
-
-
-def render(template: str, **values: Any) -> str:
-    """A page of tasks/templates."""
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(values)
 
 
 def _overview(found: Comparison) -> dict[str, Any]:
@@ -182,17 +165,3 @@ def _side(row: Any, digits: Sequence[Sequence[int]] | None) -> dict[str, Any]:
             for step, own in zip(steps, holds, strict=True)
         ],
     }
-
-
-def thumbnail(name: str, pictures: Pictures) -> dict[str, Any] | None:
-    """The image as a data URI, at most PIXELS wide and high, and whether it is `small` as it is; None if it
-    cannot be had or read."""
-    try:
-        picture = decode_image(pictures(name), name)
-    except (OSError, ImageError):
-        return None
-    small = max(picture.size) <= PIXELS
-    picture.thumbnail((PIXELS, PIXELS))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return {"uri": "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode(), "small": small}
