@@ -145,7 +145,7 @@ def _generations(
         generation = Generation(
             run.run,
             name,
-            run.data,
+            _read(lock, name).get(data.FOLDER) or run.data,
             found["systems"][name],
             found["rounds"].get(name, {}),
             policy,
@@ -160,17 +160,17 @@ def _generations(
 
 def checkpoints(lock: Mapping[str, Any], name: str) -> dict[str, str]:
     """DVC's md5 of each checkpoint that a generation answered with, by path; none if it was not evaluated."""
+    found = [(path, md5) for path, md5 in _read(lock, name).items() if path.startswith(CHECKPOINTS)]
+    # The reasoning agent's first: the summary agent's is of every generation.
+    return dict(sorted(found, key=lambda pair: "summary" in pair[0]))
+
+
+def _read(lock: Mapping[str, Any], name: str) -> dict[str, str]:
+    """What the stage that evaluated a generation read: path and md5."""
     out = f"{EVALUATE}/{name}"
     for stage in lock["stages"].values():
         if any(made["path"] == out for made in stage.get("outs", [])):
-            read = {dep["path"]: str(dep.get("md5")) for dep in stage.get("deps", [])}
-            # The reasoning agent's first: the summary agent's is of every generation.
-            return dict(
-                sorted(
-                    ((path, md5) for path, md5 in read.items() if path.startswith(CHECKPOINTS)),
-                    key=lambda found: "summary" in found[0],
-                )
-            )
+            return {dep["path"]: str(dep.get("md5")) for dep in stage.get("deps", [])}
     return {}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from flows import objects
 from flows.data_versions import Difference, Side, pictures
-from flows.objects import Objects
+from flows.pictures import of_version
 from tasks.pages import Pictures, render, thumbnail
 
 
@@ -21,7 +21,7 @@ def page(root: Path, found: Difference) -> str:
     """The page. Raises PipelineError if the checkout is no DVC project."""
     one, other = found.before, found.after
     with objects.opened(root) as stored:
-        sources = {"before": _pictures(stored, one.md5), "after": _pictures(stored, other.md5)}
+        sources = {"before": of_version(stored, one.md5), "after": of_version(stored, other.md5)}
         kinds = [
             {
                 "name": kind,
@@ -94,18 +94,3 @@ def _example(example: Mapping[str, Any], sources: Mapping[str, Pictures]) -> dic
             shown = [thumbnail(name, source) for name in pictures(record)]
             sides.append({"label": label, "record": record, "pictures": shown})
     return {"id": example["id"], "fields": example["fields"], "sides": sides}
-
-
-def _pictures(stored: Objects, md5: str) -> Pictures:
-    """The images of one version of the data."""
-
-    def read(name: str) -> bytes:
-        for fetch in (False, True):
-            if fetch:
-                stored.fetch(md5, name)
-            part = stored.part(md5, name)
-            if part and stored.path(part).is_file():
-                return stored.path(part).read_bytes()
-        raise OSError(f"data version {md5[:8]} has no {name}, or it is neither in the cache nor the remote")
-
-    return read

@@ -123,14 +123,14 @@ def _made(root: Path, run: versions.RunVersion) -> Iterator[str]:
 
 
 def _count(stored: Objects, md5: str) -> int | None:
-    path = _records(stored, md5)
+    path = records_of(stored, md5)
     if path is None:
         return None
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
 
 
-def _records(stored: Objects, md5: str) -> Path | None:
+def records_of(stored: Objects, md5: str) -> Path | None:
     """The records of a version in the cache; None if the cache has them not."""
     part = stored.part(md5, RECORDS)
     path = stored.path(part) if part else None
@@ -310,11 +310,11 @@ def _examples(paths: list[Path], wanted: dict[str, list[tuple[str, str]]]) -> di
 
 def _fetched(stored: Objects, md5: str) -> Path:
     """The records of a version, from the remote if the cache has them not."""
-    path = _records(stored, md5)
+    path = records_of(stored, md5)
     if path:
         return path
     stored.fetch(md5, RECORDS)
-    path = _records(stored, md5)
+    path = records_of(stored, md5)
     if path is None:
         raise DataVersionError(
             f"data version {md5[:8]}: neither the cache nor the remote has its {RECORDS}; "

@@ -12,7 +12,7 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from flows import compare
+from flows import compare, pictures
 from flows.versions import Facts, RunVersion
 
 REPORT = Path("artifacts/report/report.html")
@@ -38,7 +38,8 @@ def write(root: str, run_id: str, ran: Facts, made: tuple[str | None, str | None
     if pair:
         before, after = pair
         changed = flips.flips(before.rows, after.rows)
-        page = flips.page(changed, before.title, after.title, flips.source_of(base / "data"), found)
+        with pictures.source(base, after.data) as source:
+            page = flips.page(changed, before.title, after.title, source, found)
     with chdir(base):
         settings = params.load("promote", promote.Params)
         registry = Registry(settings.model, settings.alias)

@@ -61,12 +61,14 @@ def _key(row: Any) -> tuple[Any, ...]:
 def source_of(folder: Path) -> Source:
     """The images and annotations below data/; no name of an image leads out of it."""
     records = folder / "records.jsonl"
-    boards = {}
-    for record in read_jsonl(records) if records.is_file() else ():
-        digits = (record.get("annotation") or {}).get("digits")
-        if digits:
-            boards[record["id"]] = digits
+    boards = boards_of(records) if records.is_file() else {}
     return Source(lambda name: read_image(folder, name), boards)
+
+
+def boards_of(records: Path) -> dict[str, Sequence[Sequence[int]]]:
+    """The digits that images show, by record, of a records.jsonl; only annotated records have them."""
+    shown = ((record["id"], (record.get("annotation") or {}).get("digits")) for record in read_jsonl(records))
+    return {key: digits for key, digits in shown if digits}
 
 
 def page(found: Flips, before: str, after: str, source: Source, comparison: Comparison | None = None) -> str:

@@ -92,6 +92,7 @@ def _show(found: Comparison) -> None:
 
 
 def _write_page(found: Comparison, path: Path, between: tuple[str, str] | None) -> None:
+    from flows import pictures
     from flows.compare import CompareError
     from flows.environment import root
     from tasks import flips, side_by_side
@@ -110,7 +111,8 @@ def _write_page(found: Comparison, path: Path, between: tuple[str, str] | None) 
         if not generation.rows:
             raise CompareError(f"the answers of {generation.title} are not to be had: `dvc pull`")
     changed = flips.flips(before.rows, after.rows)
-    page = flips.page(changed, before.title, after.title, flips.source_of(root() / "data"), found)
+    with pictures.source(root(), after.data) as source:
+        page = flips.page(changed, before.title, after.title, source, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     typer.echo(f"{len(changed.won)} won, {len(changed.lost)} lost: {path}", err=True)
