@@ -153,3 +153,15 @@ def test_the_p_of_a_column_are_those_of_as_many_tests() -> None:
     """Holm 1979: sorted, times the number of tests that are left, and never falling."""
     found = side_by_side.adjusted([None, {"p": 0.01}, {"p": 0.04}, {"p": 0.03}, {"p": 0.005}])
     assert [test and round(test["p_holm"], 6) for test in found] == [None, 0.03, 0.06, 0.06, 0.02]
+
+
+def test_the_flow_leaves_the_table_in_prefect(project: Path, prefect_server: str) -> None:
+    from prefect.artifacts import Artifact
+
+    make_run(project, {"base": 0.5, "r1": 0.6})
+    compare.compare()
+    found = Artifact.get("generations")
+    assert found and found.description and found.description.startswith("r1: 60.0")
+    rows = json.loads(str(found.data))
+    assert [row["generation"] for row in rows] == ["base", "r1 (candidate)"]
+    assert list(rows[0]) == list(side_by_side.HEAD) and rows[1]["dropped"] == "all_right 158"
