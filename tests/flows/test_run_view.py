@@ -59,12 +59,14 @@ def test_the_run_is_useful_as_it_opens(checkout: Path) -> None:
     assert note.startswith("**r2: 70.0") and "| reasoning, % | 40.0 (" in note
     assert "r2 passes the gate" in note and f"longview explain r2 --at {MADE[0]}" in note
 
-    history = client.get_metric_history(run_id, "rounds/accuracy_reasoning")
+    assert client.get_experiment(experiment).tags[view.KIND] == "custom_model_development"
+
+    history = client.get_metric_history(run_id, "by_round/accuracy_reasoning")
     assert [(point.step, point.value) for point in history] == [(0, 0.5), (1, 0.6), (2, 0.7)]
-    low = client.get_metric_history(run_id, "rounds/accuracy_reasoning_low")
+    low = client.get_metric_history(run_id, "by_round/accuracy_reasoning_low")
     assert all(point.value < mean.value for point, mean in zip(low, history, strict=True))
     for name in ("reward", "margin", "pairs_kept", "pairs_dropped_tie", "judge_auc", "length_chosen_words"):
-        assert [point.step for point in client.get_metric_history(run_id, f"rounds/{name}")] == [1, 2]
+        assert [point.step for point in client.get_metric_history(run_id, f"by_round/{name}")] == [1, 2]
 
     files = {artifact.path for artifact in client.list_artifacts(run_id)}
     assert files == {view.PAGE, view.TABLE, view.TEXT, "report.html"}
