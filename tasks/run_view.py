@@ -23,9 +23,6 @@ from tasks.side_by_side import HEAD, Comparison, Generation
 CHARTS = "by_round"
 """The section of the run's charts, `by_round/accuracy_reasoning` and so on: the page sorts sections by name,
 and this is the first."""
-KIND = "mlflow.experimentKind"
-"""Tag of an experiment by which MLflow's UI chooses its pages; without it, runs of training may be shown as
-evaluations of prompts."""
 PAGE, TABLE, TEXT = "comparison.html", "generations.json", "comparison.md"
 MOST = 8000
 """Characters that MLflow keeps of a tag."""
@@ -55,10 +52,7 @@ def write(
     from mlflow.entities import Metric, RunTag
     from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS, MLFLOW_RUN_NOTE
 
-    info = client.get_run(run_id).info
-    started = info.start_time
-    if KIND not in client.get_experiment(info.experiment_id).tags:
-        client.set_experiment_tag(info.experiment_id, KIND, "custom_model_development")
+    started = client.get_run(run_id).info.start_time
     points = [Metric(key, value, started, step) for key, value, step in charts(found)]
     own = {
         **tags(found, facts),
