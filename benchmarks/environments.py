@@ -23,6 +23,8 @@ REQUIREMENTS = {
     ),
     "curator": ("bespokelabs-curator==0.1.31",),
     "distilabel": ("distilabel[openai]==1.5.3", "openai==3.54.0", "requests==2.34.2"),
+    "dagster": ("dagster==1.13.29",),
+    "metaflow": ("metaflow==2.19.39",),
     "ms-swift": ("torch==2.13.0", "transformers==5.19.0", "trl==0.29.1", "ms-swift==4.6.0"),
 }
 INSTALL_S = 1200

@@ -11,13 +11,15 @@ Measured is each command from its start to its exit, all of them in turns:
 - executed: dvc.lock and DVC's run cache are gone, so every stage runs. The time above that of the bare
   commands, divided by the stages, is the overhead a stage; the start of the flow engine is in it.
 
-Beside ours: `dvc repro` alone, and plain Prefect (benchmarks/peers/prefect_peer.py: one task a stage, each
-`dvc repro --single-item`) on the same server.
+Beside ours: `dvc repro` alone; plain Prefect (benchmarks/peers/prefect_peer.py: one task a stage, each
+`dvc repro --single-item`) on the same server; Dagster and Metaflow (benchmarks/peers/), which run the stages'
+commands by themselves: they neither hash inputs nor keep versions of outputs, and run every stage each time.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import statistics
 import subprocess
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results, workspace
-from benchmarks.environments import SCRIPTS, last_line
+from benchmarks.environments import SCRIPTS, interpreter, last_line
 from benchmarks.results import ROOT, Row, Table
 from flows import pipeline
 from flows.environment import server_url
@@ -46,21 +48,38 @@ SETTINGS = {"LONGVIEW_TRACKING": "off"}
 
 @dataclass(frozen=True)
 class Runner:
-    """A command that brings the pipeline up to date; "STAGES" stands for the names of all stages."""
+    """A command that runs the pipeline; "STAGES" stands for the names of all stages, "COMMANDS" for a file
+    with their names and commands."""
 
     name: str
     words: tuple[str, ...]
+    peer: str | None = None
+    """The environment whose Python runs it; None for ours."""
+
+    @property
+    def versions(self) -> bool:
+        """Whether it knows what is up to date."""
+        return self.peer is None
+
+    def command(self, names: Sequence[str], commands: Path) -> list[str]:
+        """The whole command."""
+        python = sys.executable if self.peer is None else str(interpreter(self.peer))
+        filled = {"STAGES": list(names), "COMMANDS": [str(commands)]}
+        return [python, *(word for w in self.words for word in filled.get(w, [w]))]
 
 
 OURS = Runner("longview run", ("-m", "flows.cli", "run"))
 DVC = Runner("dvc repro", ("-m", "dvc", "repro"))
 PREFECT = Runner("plain Prefect", (str(SCRIPTS / "prefect_peer.py"), "STAGES"))
-RUNNERS = (OURS, DVC, PREFECT)
+DAGSTER = Runner("Dagster", (str(SCRIPTS / "dagster_peer.py"), "COMMANDS"), "dagster")
+METAFLOW = Runner("Metaflow", (str(SCRIPTS / "metaflow_peer.py"), "COMMANDS"), "metaflow")
+RUNNERS = (OURS, DVC, PREFECT, DAGSTER, METAFLOW)
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of each repetition, and of the bare commands of all stages beside them."""
+    """Seconds of each repetition, and of the bare commands of all stages beside them; `up_to_date` is empty
+    for a runner that runs every stage each time."""
 
     up_to_date: list[float]
     executed: list[float]
@@ -140,21 +159,25 @@ def timed(folder: Path, command: Sequence[str]) -> float:
 
 def measure(folder: Path, repetitions: int) -> tuple[dict[Runner, Times], int]:
     """Times by runner, taken in turns, and the number of stages."""
-    names = [stage.name for stage in pipeline.stages(folder)]
+    stages = pipeline.stages(folder)
+    names = [stage.name for stage in stages]
+    commands = folder / ".work" / "commands.json"
+    commands.write_text(json.dumps([[stage.name, trivial({"outs": stage.outs})] for stage in stages]))
     found = {runner: Times([], [], []) for runner in RUNNERS}
     for _ in range(repetitions):
         for runner, times in found.items():
-            words = [name for w in runner.words for name in (names if w == "STAGES" else [w])]
-            command = [sys.executable, *words]
+            command = runner.command(names, commands)
             forget(folder)
             times.executed.append(timed(folder, command))
-            if pipeline.pending(folder, names):
-                raise workspace.WorkspaceError(f"{runner.name} left stages that are not up to date")
-            times.up_to_date.append(timed(folder, command))
+            if runner.versions:
+                if pipeline.pending(folder, names):
+                    raise workspace.WorkspaceError(f"{runner.name} left stages that are not up to date")
+                times.up_to_date.append(timed(folder, command))
+            elif missing := [out for stage in stages for out in stage.outs if not (folder / out).is_dir()]:
+                raise workspace.WorkspaceError(f"{runner.name} did not make {', '.join(missing)}")
             times.bare.append(bare(folder, len(names)))
-            print(
-                f"{runner.name}: {times.up_to_date[-1]:.2f} s up to date, {times.executed[-1]:.2f} s executed"
-            )
+            no_op = f"{times.up_to_date[-1]:.2f} s up to date, " if runner.versions else ""
+            print(f"{runner.name}: {no_op}{times.executed[-1]:.2f} s executed", flush=True)
     return found, len(names)
 
 
@@ -170,17 +193,21 @@ def judge(found: Mapping[Runner, Times], stages: int) -> tuple[list[Row], Table]
     rows: list[Row] = []
     cells = []
     for runner, times in found.items():
-        no_op, overhead = statistics.median(times.up_to_date), times.overhead(stages)
-        ours = runner is OURS
-        count = f"median of {len(times.up_to_date)}"
-        rows += [
-            Row(f"{runner.name}: {stages} stages up to date ({count}, {_spread(times.up_to_date)})", no_op,
-                "s", *((f"≤ {NO_OP_S:g}", no_op <= NO_OP_S) if ours else ())),
+        overhead, ours = times.overhead(stages), runner is OURS
+        count = f"median of {len(times.executed)}"
+        known = ["", ""]
+        if times.up_to_date:
+            no_op = statistics.median(times.up_to_date)
+            known = [f"{no_op:.2f}", _spread(times.up_to_date)]
+            rows.append(
+                Row(f"{runner.name}: {stages} stages up to date ({count}, {known[1]})", no_op,
+                    "s", *((f"≤ {NO_OP_S:g}", no_op <= NO_OP_S) if ours else ()))
+            )  # fmt: skip
+        rows.append(
             Row(f"{runner.name}: overhead a stage executed ({count}, {_spread(times.executed)} in all)",
-                overhead, "s", *((f"≤ {STAGE_S:g}", overhead <= STAGE_S) if ours else ())),
-        ]  # fmt: skip
-        cells.append([runner.name, f"{no_op:.2f}", _spread(times.up_to_date), f"{overhead:.2f}",
-                      _spread(times.executed)])  # fmt: skip
+                overhead, "s", *((f"≤ {STAGE_S:g}", overhead <= STAGE_S) if ours else ()))
+        )  # fmt: skip
+        cells.append([runner.name, *known, f"{overhead:.2f}", _spread(times.executed)])
     head = ("Runner", "Up to date s", "Spread", "Overhead a stage s", "All executed, spread")
     return rows, Table("Runners", head, cells, f"{stages} stages of trivial commands; medians.")
 

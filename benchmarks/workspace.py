@@ -116,9 +116,8 @@ def execute(
     log = folder / ".work" / "logs" / "benchmark.log"
     start = [sys.executable, "-m"] if code is None else [sys.executable, "-P", "-m"]
     paths = {} if code is None else {"PYTHONPATH": str(code)}
-    status = terminal.run(
-        [*start, *module], log=log, cwd=folder, environment=environment(folder, {**paths, **(settings or {})})
-    )
+    variables = environment(folder, {**paths, **(settings or {})})
+    status = terminal.run(terminal.supervised([*start, *module], folder, variables), log=log)
     if status != 0:
         raise WorkspaceError(
             f"`python -m {' '.join(module)}` in {folder} ended with status {status}; its last lines:\n"

@@ -27,11 +27,12 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Running
 from pydantic import Field
 
+from flows import notify
 from flows.settled import is_settled, note_settled
 from flows.versions import RunVersion
 from flows.walk import say
 from tasks import params, promote, promotion
-from tasks.promotion import Outcome
+from tasks.promotion import Outcome, State
 from tasks.registry import Registry, Version
 
 KEY = "approval"
@@ -47,22 +48,28 @@ class Ruling(RunInput):
     who: str = Field(min_length=1, description="Your name")
 
 
-def settle(root: Path, version: RunVersion | None) -> None:
-    """Register the candidate of decision.json as made by this run; set the alias, or ask. May be repeated."""
+def settle(root: Path, version: RunVersion | None) -> State | None:
+    """Register the candidate of decision.json as made by this run; set the alias, or ask. May be repeated.
+
+    Returns what became of the candidate; None if that was settled before, or there is no registry.
+    """
     if is_settled(root):
-        return
+        return None
     made: dict[str, str | None] = {"run": version.tag, "commit": version.commit} if version else {}
     done = carry_out(str(root), made, str(flow_run.id) if _stays() else None)
+    state = done.state if done else None
     if done and done.state == "waiting" and done.version.awaiting:
         number, asked = done.version.number, done.version.awaiting.run
         answer = ask(done) if done.question and _stays() else (_left(asked) if asked else None)
-        if answer:
-            say(rule(str(root), number, answer))
-        elif done.question and _stays():
-            say(time_out(str(root)))
+        asked_now = bool(done.question and _stays())
+        ended = rule(str(root), number, answer) if answer else time_out(str(root)) if asked_now else None
+        if ended:
+            state = "declined" if ended.declined else "champion"
+            say(_ended(ended))
         else:
-            say(f"decide: {HOW}")
+            say("the wait was ended by somebody else" if asked_now else f"decide: {HOW}")
     note_settled(root, _until(root) if done else None)
+    return state
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)
@@ -80,6 +87,7 @@ def ask(candidate: Outcome) -> Ruling | None:
     assert awaiting
     left = (datetime.fromisoformat(awaiting.until) - datetime.now(UTC)).total_seconds()
     form = Ruling.with_initial_data(description=candidate.question)
+    notify.awaited(candidate.version.title, awaiting.until, candidate.question)
     say(f"paused; decide on the run's page in Prefect, or {HOW}")
     try:
         answer = pause_flow_run(
@@ -93,19 +101,17 @@ def ask(candidate: Outcome) -> Ruling | None:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)
-def rule(root: str, number: str, answer: Ruling) -> str:
+def rule(root: str, number: str, answer: Ruling) -> Version:
     """What the person said, in the registry, unless the command has put it there already."""
     with chdir(root):
-        ended = promotion.rule(_registry(), number, answer.decision, answer.reason, who=answer.who)
-    return _ended(ended)
+        return promotion.rule(_registry(), number, answer.decision, answer.reason, who=answer.who)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)
-def time_out(root: str) -> str:
-    """The default, because nobody said anything."""
+def time_out(root: str) -> Version | None:
+    """The default, because nobody said anything; None if somebody else ended the wait."""
     with chdir(root):
-        ended = promotion.take_default(_registry())
-    return _ended(ended) if ended else "the wait was ended by somebody else"
+        return promotion.take_default(_registry())
 
 
 def resume(run: str | None, ruling: Ruling) -> bool:

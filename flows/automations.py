@@ -1,4 +1,4 @@
-"""The automations by which the Prefect server tells of runs: finished, failed, crashed, data refused.
+"""The automations by which the Prefect server tells of runs that finished, failed or wait, and of bad data.
 
     longview deploy --notify https://hooks.slack.com/services/…     # or any webhook, or an Apprise URL
 
@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from flows.data_watch import REFUSAL, RESOURCE
-from flows.notify import FINISHED
+from flows.notify import AWAITED, FINISHED
 
 if TYPE_CHECKING:
     from prefect.blocks.abstract import NotificationBlock
@@ -84,6 +84,15 @@ MESSAGES = (
             [PROBLEM, "next: `longview run` continues where it stopped; so does the next schedule", WHERE]
         ),
         FLOWS,
+    ),
+    Message(
+        "longview approval awaited",
+        frozenset({AWAITED}),
+        "longview.run.*",
+        "Longview: {{ event.payload.candidate }} waits for approval",
+        "{{ event.payload.question.split('\n')[0] | replace('**', '') }}\n"
+        "until {{ event.payload.until }} UTC: `longview model approve --reason …`, or with --reject; or the "
+        "form on the run's page",
     ),
     Message(
         "longview data refused",

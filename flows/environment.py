@@ -43,6 +43,8 @@ def prepare() -> None:
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         # In memory, as by default, a restart of the server loses them, and their slots are never free again.
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        # 2 + 4 + … + 256 s: a request waits eight minutes for a server that restarts; by default, one.
+        "PREFECT_CLIENT_MAX_RETRIES": "8",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
         "DO_NOT_TRACK": "1",
         "DVC_NO_ANALYTICS": "1",

@@ -13,8 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-FINISHED = "longview.run.finished"
+FINISHED, AWAITED = "longview.run.finished", "longview.approval.awaited"
 COMPARISON, DECISION = Path("artifacts/compare/comparison.json"), Path("artifacts/promote/decision.json")
+
+NEXT = {
+    "champion": "next: `longview report`; to undo: `longview model rollback`",
+    "waiting": "next: `longview model approve --reason …`, or with --reject",
+    "declined": "next: nothing; why: `longview model list --history`",
+    "kept": "next: `dvc repro --force --single-item promote`, then `longview run`",
+    "passed": "next: `longview model list`",
+    "missed": "next: nothing; why: `longview report`",
+}
 
 
 class Done(Protocol):
@@ -30,13 +39,13 @@ class Done(Protocol):
     def tag(self) -> str | None: ...
 
 
-def finished(root: Path, done: Done, seconds: float) -> None:
+def finished(root: Path, done: Done, seconds: float, state: str | None = None) -> None:
     """Publish the summary of a run: a Prefect artifact, and the event that notifications are made from."""
     from prefect.artifacts import create_markdown_artifact
     from prefect.events import emit_event
     from prefect.runtime import flow_run
 
-    lines = summary(root, done, seconds)
+    lines = summary(root, done, seconds, state)
     create_markdown_artifact("\n".join(f"- {line}" for line in lines), key="summary")
     emit_event(
         FINISHED,
@@ -45,8 +54,21 @@ def finished(root: Path, done: Done, seconds: float) -> None:
     )
 
 
-def summary(root: Path, done: Done, seconds: float) -> list[str]:
-    """What ran, how long, on which data; accuracy before and after; the decision; what to do next."""
+def awaited(candidate: str, until: str, question: str) -> None:
+    """Tell that a candidate waits for a person until then (ISO time)."""
+    from prefect.events import emit_event
+    from prefect.runtime import flow_run
+
+    emit_event(
+        AWAITED,
+        resource={"prefect.resource.id": f"longview.run.{flow_run.id}", "prefect.resource.name": "run"},
+        payload={"candidate": candidate, "until": until[:16].replace("T", " "), "question": question},
+    )
+
+
+def summary(root: Path, done: Done, seconds: float, state: str | None = None) -> list[str]:
+    """What ran, how long, on which data; accuracy before and after; what became of the candidate (`state`, as
+    flows.approval.settle says it); what to do next."""
     restored = f", {len(done.restored)} restored" if done.restored else ""
     decided = set(done.ran + done.restored) & {"compare", "promote"}
     lines = [
@@ -59,10 +81,10 @@ def summary(root: Path, done: Done, seconds: float) -> list[str]:
             *lines,
             "next: `longview report`" if done.tag else "next: `longview status` says what is left",
         ]
-    return [*lines, *_outcome(decision, _read(root / COMPARISON))]
+    return [*lines, *_outcome(decision, _read(root / COMPARISON), state)]
 
 
-def _outcome(decision: dict[str, Any], comparison: dict[str, Any] | None) -> list[str]:
+def _outcome(decision: dict[str, Any], comparison: dict[str, Any] | None, state: str | None) -> list[str]:
     """Before and after are of the same questions: before = after − their paired difference."""
     change, candidate = decision["reasoning"], decision["candidate"]
     shares = ((comparison or {}).get("systems", {}).get(candidate) or {}).get("accuracy", {})
@@ -73,17 +95,17 @@ def _outcome(decision: dict[str, Any], comparison: dict[str, Any] | None) -> lis
             f"accuracy {after - change['mean']:.1%} → {after:.1%}, {_points(change['mean'])} points "
             f"(95%: {_points(change['low'])} to {_points(change['high'])}, n = {change['n']:,})"
         )
-    if decision["decision"] == "promote":
-        return [
-            *lines,
-            f"{candidate} is champion now, before it {decision['opponent']}",
-            "next: `longview report`; to undo: `longview model rollback`",
-        ]
-    return [
-        *lines,
-        f"{candidate} is not promoted: {decision['opponent']} stays",
-        "next: nothing; why: `longview report`",
-    ]
+    opponent, passed = decision["opponent"], decision["decision"] == "promote"
+    outcome = (state or "passed") if passed else "missed"
+    said = {
+        "champion": f"{candidate} is champion now, before it {opponent}",
+        "waiting": f"{candidate} waits for approval: it passed the gate against {opponent}",
+        "declined": f"{candidate} passed the gate against {opponent}, and was declined",
+        "kept": f"{candidate} is not promoted: another became champion since it was compared with {opponent}",
+        "passed": f"{candidate} passed the gate against {opponent}",
+        "missed": f"{candidate} is not promoted: {opponent} stays",
+    }
+    return [*lines, said[outcome], NEXT[outcome]]
 
 
 def _points(share: float) -> str:

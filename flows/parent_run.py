@@ -41,8 +41,10 @@ class ParentRun:
         return self._id
 
     def close(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED."""
-        if self._id:
+        """FINISHED, FAILED or KILLED. A run that failed because MLflow is away is left to the next one."""
+        from tasks import tracking
+
+        if self._id and not (status != "FINISHED" and tracking.away(tracking.tracking_uri())):
             self._client.set_terminated(self._id, status=status)
             if status == "FINISHED":
                 write_note(self._root, parent_run_id=None)
@@ -83,7 +85,9 @@ def parent_run(root: Path, profile: str) -> Iterator[ParentRun]:
     try:
         yield run
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except Exception:
+        raise
+    except BaseException:  # Ctrl-C, cancelled, told to stop
         status = "KILLED"
         raise
     finally:
@@ -91,15 +95,15 @@ def parent_run(root: Path, profile: str) -> Iterator[ParentRun]:
 
 
 def read_note(root: Path) -> dict[str, Any]:
-    """What the last run of this checkout left for the next: its Prefect and MLflow run ids, and `unfinished`
-    if not everything that it made was pushed and published."""
+    """What the last run of this checkout left for the next: its Prefect and MLflow run ids, the parameters
+    `asked` for until it succeeds, and `unfinished` if not all that it made was pushed and published."""
     try:
         return json.loads(work("run.json", base=root).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def write_note(root: Path, **values: str | None) -> None:
+def write_note(root: Path, **values: Any) -> None:
     """Change values of the note; None drops one."""
     path = work("run.json", base=root)
     note = {k: v for k, v in {**read_note(root), **values}.items() if v is not None}

@@ -7,13 +7,16 @@ Asking in process costs a quarter of a second for the whole pipeline; a `dvc` co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
+
+from flows import hashing
 
 UP_TO_DATE, STALE, MISSING = "up to date", "stale", "missing"
 
@@ -44,7 +47,13 @@ class StageState:
 
     name: str
     state: str
-    reason: str = ""
+    changes: tuple[tuple[str, str], ...] = ()
+    """Each path that is not as it was, and what became of it."""
+
+    @property
+    def reason(self) -> str:
+        """The changes as half a sentence."""
+        return ", ".join(f"{path} {what}".strip() for path, what in self.changes)
 
 
 def stages(root: Path) -> list[StageInfo]:
@@ -84,23 +93,14 @@ def states(root: Path, names: list[str] | None = None) -> dict[str, StageState]:
     with opened(root) as repo:
         found = {s.name: s for s in repo.index.stages if s.cmd}
         wanted = names or list(found)
-        _hash_once([found[name] for name in wanted])
-        return {name: _state(name, found[name].status()) for name in wanted}
+        with hashing.once():
+            return {name: _state(name, found[name].status()) for name in wanted}
 
 
-def _hash_once(stages: Sequence[Any]) -> None:
-    """Let these stages share what they learn of a path: data/ is read by most of them."""
-    known: dict[str, Any] = {}
-
-    def ask(path: str, hash_of: Callable[[], Any]) -> Any:
-        if path not in known:
-            known[path] = hash_of()
-        return known[path]
-
-    for stage in stages:
-        for each in (*stage.deps, *stage.outs):
-            if each.protocol == "local" and type(each).__name__ != "ParamsDependency":
-                each.get_hash = partial(ask, each.fs_path, each.get_hash)
+def state(root: Path, name: str) -> StageState:
+    """What DVC says of one stage now: it reads that one alone, not the whole pipeline."""
+    with opened(root) as repo:
+        return _state(name, repo.stage.load_one(name=name).status())
 
 
 def data_states(root: Path) -> dict[str, StageState]:
@@ -122,6 +122,43 @@ def pending(root: Path, names: list[str] | None = None) -> list[str]:
     return [s.name for s in states(root, names).values() if s.state != UP_TO_DATE]
 
 
+def inputs_key(root: Path, name: str) -> str:
+    """A digest of what a stage would run on now: its command, dependencies and parameters."""
+    with opened(root) as repo:
+        return key(repo.stage.load_one(name=name))
+
+
+def key(stage: Any) -> str:
+    """The same of DVC's stage."""
+    from dvc.stage.serialize import to_single_stage_lockfile
+
+    stage.save_deps(allow_missing=True)
+    entry = {k: v for k, v in to_single_stage_lockfile(stage).items() if k != "outs"}
+    return hashlib.md5(json.dumps(entry, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
+
+
+def record(root: Path, name: str, md5: str) -> bool:
+    """Write to cache and dvc.lock what DVC would have, had it seen the stage end with an output of this md5.
+
+    False, with nothing changed, if neither the workspace nor the cache has that output.
+    """
+    from dvc_data.hashfile.hash_info import HashInfo
+
+    with opened(root) as repo:
+        stage = repo.stage.load_one(name=name)
+        (out,) = stage.outs
+        wanted = HashInfo("md5", md5)
+        if not out.exists or out.get_hash() != wanted:
+            out.hash_info = wanted
+            if out.changed_cache():
+                return False
+            out.checkout(force=True)  # killed while DVC was linking it from the cache
+        stage.save()
+        stage.commit()
+        stage.dump(update_pipeline=False)
+    return True
+
+
 def push(root: Path) -> int:
     """Copy what the workspace uses to the default remote; return how many files went. Idempotent."""
     with opened(root) as repo:
@@ -141,8 +178,7 @@ def _state(name: str, status: dict[str, list[Any]]) -> StageState:
             changes.update({path: _word(kind, what) for path, what in items.items()})
     if not changes:
         return StageState(name, UP_TO_DATE)
-    reason = ", ".join(f"{path} {what}".strip() for path, what in changes.items())
-    return StageState(name, MISSING if missing else STALE, reason)
+    return StageState(name, MISSING if missing else STALE, tuple(changes.items()))
 
 
 def _word(kind: str, what: Any) -> str:

@@ -6,7 +6,7 @@ What can be left over, and what is done about it:
 - another run is alive in this checkout: refuse, naming its pid (a kernel lock, gone with its process);
 - stages or a temporary Prefect server of a dead run: ended, found by the run's mark in their environment;
 - entries of dead processes in DVC's rwlock, or a file cut in half: removed;
-- a dvc.lock cut in half: replaced by the copy taken after the last stage.
+- a dvc.lock cut in half by another `dvc` (ours is written whole): replaced by the copy of the last run.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _holds(pid: int, written: float) -> bool:
 
 
 def keep_lock_file(root: Path) -> None:
-    """Copy a good dvc.lock aside: DVC writes it in place, and a kill in that instant cuts it in half."""
+    """Copy a good dvc.lock aside: a `dvc` by hand writes it in place, and a kill then cuts it in half."""
     source, kept = root / "dvc.lock", work("dvc.lock.kept", base=root)
     if source.is_file() and _readable(source):
         part = kept.with_name(kept.name + ".part")
@@ -155,7 +155,7 @@ def restore_lock_file(root: Path) -> list[str]:
         return []
     if kept.is_file():
         shutil.copyfile(kept, path)
-        return ["dvc.lock was cut in half by a kill: put back the copy taken after the last stage"]
+        return ["dvc.lock was cut in half by a kill: put back the copy of the last run"]
     path.unlink()
     return ["dvc.lock was cut in half by a kill: removed; finished stages come from DVC's run cache"]
 

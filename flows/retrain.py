@@ -9,6 +9,7 @@ Killed at any moment, the next run cleans up, continues and ends with the same b
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -23,13 +24,25 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from flows import approval, data, notify, pipeline, profile, recovery, run_view, versions
+from flows import (
+    approval,
+    data,
+    dvc_server,
+    interruption,
+    notify,
+    pipeline,
+    profile,
+    recovery,
+    run_view,
+    versions,
+)
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
 from flows.parent_run import parent_run, read_note, write_note
 from flows.stage import DAY_S, StageFailed
 from flows.walk import Walk, say
+from tasks import launch
 from tasks.params import ParamsError
 from tasks.tracking import TrackingError
 
@@ -49,6 +62,7 @@ EXPECTED = (
     pipeline.PipelineError,
     profile.ProfileError,
     recovery.BusyError,
+    interruption.Interrupted,
     ParamsError,
     TrackingError,
     versions.VersionError,
@@ -69,6 +83,7 @@ class Summary:
 
 
 @flow(name="retrain", persist_result=False)
+@interruption.interruptible
 def retrain(
     profile_name: str | None = None,
     rounds: Annotated[int, Field(ge=1, le=99)] | None = None,
@@ -94,41 +109,48 @@ def retrain(
     with chdir(root), recovery.exclusive(root, wait=queued) as cleaned, _noted(root):
         for sentence in cleaned:
             say(sentence)
+        asked = {**flow_run.parameters, "hardware": os.environ.get(launch.VARIABLE)}
+        asked.pop("force")  # would drop edits made since
+        write_note(root, asked=asked)  # for one that continues it
         if data_version:
             data.require(root, data_version)
         prepare(root, profile_name, rounds, seed, force=force)
         version = ensure_data(str(root))
-        stages = pipeline.select(pipeline.stages(root), until)
-        names = [s.name for s in stages]
+        with pipeline.opened(root):
+            stages = pipeline.select(pipeline.stages(root), until)
+            names = [s.name for s in stages]
+            states = pipeline.states(root, names)
         with ExitStack() as stack:
             held = read_note(root)  # of a run that ended before all was pushed and published
-            if pipeline.pending(root, names):
+            if any(state.state != pipeline.UP_TO_DATE for state in states.values()):
                 write_note(root, unfinished="yes")
                 stack.enter_context(_recorder())
+                stack.enter_context(dvc_server.running(root))
             parent = stack.enter_context(parent_run(root, str(profile_of(root))))
             if held.get("unfinished") and held.get("parent_run_id"):
                 parent.id()  # goes on
-            walk = Walk(root, stages, parent, stage_timeout_s)
+            walk = Walk(root, stages, states, parent, stage_timeout_s)
             walk_all(walk)
-            check_nothing_stale(str(root), names)
             executed = len(walk.did("skipped")) < len(stages)
-            pushed = push(str(root)) if executed or held.get("unfinished") else 0
+            with pipeline.opened(root):
+                check_nothing_stale(str(root), names)
+                recovery.keep_lock_file(root)
+                pushed = push(str(root)) if executed or held.get("unfinished") else 0
             made = None
             if until is None:  # half a pipeline is no version
                 facts = versions.Facts(
                     version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
                 )
                 made = record(str(root), facts)
-            if "promote" in names:
-                approval.settle(root, made)
+            state = approval.settle(root, made) if "promote" in names else None
             if until is None:
                 run_view.publish(root, parent.opened, facts, made)
             publish(root, parent.opened)
-            write_note(root, unfinished=None)
+            write_note(root, unfinished=None, asked=None)
         tag = made.tag if made else None
         done = Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
         if executed:
-            notify.finished(root, done, time.monotonic() - began)
+            notify.finished(root, done, time.monotonic() - began, state)
         return asdict(done)
 
 
@@ -247,6 +269,10 @@ def main() -> None:
             summary = retrain(args.profile, args.rounds, args.until, args.force)
     except EXPECTED as error:
         sys.exit(f"\n{error}")
+    except Exception as error:
+        if sentence := interruption.reason(error):
+            sys.exit(f"\n{sentence}")
+        raise
     print(
         f"ran {len(summary['ran'])}, restored {len(summary['restored'])}, skipped {len(summary['skipped'])}"
     )

@@ -6,7 +6,6 @@ python -m flows.retrain        # walks every stage with it
 from __future__ import annotations
 
 import re
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas import State
 from prefect.states import Completed
 
-from flows import devices, recovery, terminal
+from flows import devices, dvc_server, published, recovery, terminal
 from flows.environment import stage_environment, work
 
 DAY_S = 24 * 3600
@@ -28,6 +27,7 @@ TRANSIENT = re.compile(
     r"Unable to acquire lock|is busy, it is being blocked by|database is locked"
     r"|Connection reset by peer|Temporary failure in name resolution|Read timed out"
     r"|429 Client Error|50[234] Server Error"
+    r"|the MLflow recorder (is gone|ended)"
 )
 
 ADVICE = [
@@ -95,16 +95,18 @@ def run_stage(
 
 def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float = DAY_S) -> Outcome:
     """Run the stage in a subprocess and say how it went. Raises StageFailed."""
+    began = time.monotonic()
+    if published.record(root, stage):
+        return Outcome(stage, "restored", time.monotonic() - began)
     log = _fresh_log(stage, root)
     environment = stage_environment(root)
     environment.pop("LONGVIEW_PARENT_RUN_ID", None)
     if parent_run_id:
         environment["LONGVIEW_PARENT_RUN_ID"] = parent_run_id
-    command = [sys.executable, "-m", "dvc", "--wait-for-lock", "repro", "--single-item", stage]
-    began = time.monotonic()
     try:
         with devices.held(stage, root):
-            status = terminal.run(command, log=log, cwd=root, environment=environment, timeout_s=timeout_s)
+            repro = dvc_server.repro(stage, root, environment)
+            status = terminal.run(repro, log=log, timeout_s=timeout_s)
     except terminal.TimedOut as error:
         raise StageFailed(_message(stage, root, log, str(error))) from None
     seconds = time.monotonic() - began
@@ -113,7 +115,7 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
         text = log.read_text(encoding="utf-8", errors="replace")
         problem = f"ended with status {status} after {seconds:.0f} s"
         raise StageFailed(_message(stage, root, log, problem, status), transient=bool(TRANSIENT.search(text)))
-    recovery.keep_lock_file(root)
+    published.forget(root, stage)
     restored = "is cached - skipping run" in log.read_text(encoding="utf-8", errors="replace")
     return Outcome(stage, "restored" if restored else "ran", seconds)
 

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import psutil
@@ -29,29 +29,42 @@ LINGERS = "LONGVIEW_LINGERS"
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
+class Process(Protocol):
+    """What is guarded: a subprocess.Popen, or one that waits as it does."""
+
+    def wait(self, timeout: float) -> int: ...
+
+
+class Supervisor:
+    """Adopts what its children leave behind, and ends it. SIGTERM ends the process that is guarded."""
+
+    def __init__(self, parent: int) -> None:
+        self._parent, self._stopping = parent, False
+        signal.signal(signal.SIGTERM, self._stop)
+        # Ctrl-C reaches the stage itself; the flow then sends SIGTERM.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _prctl(PR_SET_CHILD_SUBREAPER)  # what a killed `dvc` leaves behind becomes our child, not init's
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def guard(self, process: Process) -> int:
+        """Wait for the end of the process and of all that it started; its status (128 + signal if killed)."""
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(timeout=POLL_S)
+                _end_descendants(spare_lingering=True)
+                return status if status >= 0 else 128 - status
+            if self._stopping or os.getppid() != self._parent:
+                _end_descendants()
+                self._stopping = False
+                return 128 + signal.SIGTERM
+
+
 def main() -> int:
-    """Exit with the command's status (128 + signal if it was killed)."""
+    """Exit with the command's status."""
     parent, command = int(sys.argv[1]), sys.argv[sys.argv.index("--") + 1 :]
-    stopping = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the stage itself; the flow then sends SIGTERM
-    _prctl(PR_SET_CHILD_SUBREAPER)  # what a killed `dvc` leaves behind becomes our child, not init's
-    process = subprocess.Popen(command, preexec_fn=die_with_parent)
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = process.wait(timeout=POLL_S)
-            _end_descendants(spare_lingering=True)
-            return status if status >= 0 else 128 - status
-        if stopping or os.getppid() != parent:
-            _end_descendants()
-            return 128 + signal.SIGTERM
+    return Supervisor(parent).guard(subprocess.Popen(command, preexec_fn=die_with_parent))
 
 
 def die_with_parent() -> None:

@@ -1,6 +1,6 @@
 """A command whose output is seen live and kept in a log.
 
-    python -c "from pathlib import Path; from flows.terminal import run; run(['ls'], log=Path('ls.log'))"
+    run(supervised(["ls"], Path("."), os.environ), log=Path("ls.log"))
 
 On a terminal the command gets a pseudo terminal, so its progress bars work; elsewhere a pipe, so it prints
 plain lines. The log holds plain lines in both cases: no colours, the last state of a redrawn line.
@@ -16,9 +16,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*\x07")
 DVC_HINTS = (  # what DVC tells people who run it by hand
@@ -84,23 +84,33 @@ class LogFile:
         self._file.write((shown[-1] if shown else b"") + b"\n")
 
 
-def run(
-    command: Sequence[str],
-    *,
-    log: Path,
-    cwd: Path | None = None,
-    environment: Mapping[str, str] | None = None,
-    timeout_s: float | None = None,
-    show: bool = True,
-) -> int:
-    """Run under the supervisor and return the exit status; nothing is left running. Raises TimedOut."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+class Started(Protocol):
+    """What runs: a subprocess.Popen, or what behaves like one."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+Start = Callable[[int], Started]
+"""Starts a command with its output going to a file descriptor."""
+
+
+def supervised(command: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Start:
+    """A command under the supervisor: nothing of it outlives this process."""
     guarded = [sys.executable, "-P", str(SUPERVISOR), str(os.getpid()), "--", *command]
+    return lambda output: subprocess.Popen(
+        guarded, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+    )
+
+
+def run(start: Start, *, log: Path, timeout_s: float | None = None, show: bool = True) -> int:
+    """Run to the end and return the exit status; nothing is left running. Raises TimedOut."""
+    log.parent.mkdir(parents=True, exist_ok=True)
     reading, writing = _channel(show)
     with log.open("ab") as file:
-        process = subprocess.Popen(
-            guarded, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing
-        )
+        process = start(writing)
         os.close(writing)
         output = LogFile(file)
         try:
@@ -126,9 +136,7 @@ def _channel(show: bool) -> tuple[int, int]:
     return reading, writing
 
 
-def _copy(
-    process: subprocess.Popen[bytes], reading: int, log: LogFile, timeout_s: float | None, show: bool
-) -> None:
+def _copy(process: Started, reading: int, log: LogFile, timeout_s: float | None, show: bool) -> None:
     wanted = WithoutHints()
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
@@ -159,7 +167,7 @@ def _display(data: bytes) -> None:
         sys.stdout.flush()
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: Started) -> None:
     if process.poll() is not None:
         return
     process.terminate()

@@ -5,6 +5,7 @@ python -m flows.retrain        # the flow that walks
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,14 +26,16 @@ class Walk:
 
     root: Path
     stages: list[StageInfo]
+    states: Mapping[str, StageState]
+    """What DVC said of each stage before the walk, or since."""
     parent: ParentRun
     timeout_s: float
     outcomes: list[Outcome] = field(default_factory=list)
-    _states: dict[str, StageState] = field(default_factory=dict)
+    _ran_since: set[str] = field(default_factory=set)
 
     def visit(self, stage: StageInfo) -> Outcome:
         """Run the stage if DVC says that it would, else show it as skipped."""
-        state = self._state(stage.name)
+        state = self._state(stage)
         place = f"[{len(self.outcomes) + 1:2}/{len(self.stages)}] {stage.name:<20}"
         if state.state == pipeline.UP_TO_DATE:
             say(f"{place} up to date")
@@ -43,22 +46,31 @@ class Walk:
             done = run_stage(stage.name, state.reason, str(self.root), self.parent.id(), self.timeout_s)
             assert isinstance(done, Outcome)
             outcome = done
-            self._states.clear()  # its outputs are others' inputs
+            self._ran_since.add(stage.name)
             did = "done" if outcome.did == "ran" else "restored from the cache"
             say(f"{place} {did} in {_span(outcome.seconds)}")
         self.outcomes.append(outcome)
         return outcome
 
-    def _state(self, name: str) -> StageState:
-        """DVC looks at every file of every input: after a stage has run it is asked for the next one alone,
-        and for all only if that one is up to date."""
-        if name not in self._states:
-            if self.did("ran"):
-                alone = pipeline.states(self.root, [name])[name]
-                if alone.state != pipeline.UP_TO_DATE:
-                    return alone
-            self._states = pipeline.states(self.root, [s.name for s in self.stages])
-        return self._states[name]
+    def _state(self, stage: StageInfo) -> StageState:
+        """What DVC says of the stage now.
+
+        It looks at every file of every input, so it is asked again only where a stage before this one ran and
+        may have made it stale or up to date; for all the others too, if that one is up to date.
+        """
+        known = self.states[stage.name]
+        if not stage.ancestors & self._ran_since or self._runs_anyway(known):
+            return known
+        now = pipeline.state(self.root, stage.name)
+        if now.state == pipeline.UP_TO_DATE:
+            self.states, self._ran_since = pipeline.states(self.root, [s.name for s in self.stages]), set()
+        return now
+
+    def _runs_anyway(self, state: StageState) -> bool:
+        """Whether the stage is stale for a reason that no other stage can take away."""
+        made = [Path(out) for stage in self.stages for out in stage.outs]
+        own = (path for path, _ in state.changes if not any(Path(path).is_relative_to(out) for out in made))
+        return state.state == pipeline.MISSING or any(own)
 
     def did(self, what: str) -> list[str]:
         """The names of the stages that ran, were restored, or were skipped."""

@@ -51,7 +51,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Opponent:
-    """Whom the candidate must beat."""
+    """Whom the candidate must beat. `agents`: of the champion, also if its answers cannot be compared."""
 
     name: str
     predictions: results.Rows
@@ -154,7 +154,7 @@ def find_opponent(
         )
     if _questions(predictions) != asked:
         note = f"The champion (version {version.number}, {version.generation}) answered other questions."
-        return Opponent(BASE, base, note=note)
+        return Opponent(BASE, base, version.agents, note)
     return Opponent(_title(version), predictions, version.agents)
 
 

@@ -36,6 +36,7 @@ from tasks.registry import (
 )
 
 Ruling = Literal["promote", "keep"]
+State = Literal["champion", "kept", "declined", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Candidate:
 class Outcome:
     """What became of the candidate. `question`: to a person, in Markdown, if it waits since now."""
 
-    state: Literal["champion", "kept", "declined", "waiting"]
+    state: State
     version: Version
     sentence: str
     question: str = ""
@@ -99,6 +100,8 @@ def settle(
             version,
             f"{version.title} stays down ({no.how}, {no.who}, {no.when[:10]}: {no.reason})",
         )
+    if champion and _agents(decision, "opponent") != champion.agents:
+        return Outcome("kept", version, _overtaken(version, champion, decision))
     if approval is None or (version.awaiting is None and _was_champion(registry, version)):
         over = _opponent(registry, decision)
         promote(registry, version, "gate", decision["reason"], over=over)
@@ -112,7 +115,7 @@ def settle(
 
 def describe(registry: Registry, version: Version, decision: Mapping[str, Any]) -> str:
     """The question to a person: the candidate, and the figures of the gate, in Markdown."""
-    opponent = registry.version(version.over) if version.over != BASE else None
+    opponent = registry.version(version.over) if decision["opponent"] != BASE else None
     rows = []
     for name in ("reasoning", "perception"):
         now, gain = version.accuracy.get(name), decision[name]
@@ -270,10 +273,23 @@ def facts(decision: Mapping[str, Any], comparison: Mapping[str, Any]) -> dict[st
 
 
 def _opponent(registry: Registry, decision: Mapping[str, Any]) -> str:
-    """The version that the gate compared with, or "base"."""
-    agents = decision.get("opponent_agents")
-    found = registry.with_agents(Agents(**agents)) if agents else None
+    """The version that was champion when the gate decided, or "base"."""
+    agents = _agents(decision, "opponent")
+    found = registry.with_agents(agents) if agents else None
     return found.number if found else BASE
+
+
+def _agents(decision: Mapping[str, Any], of: str) -> Agents | None:
+    found = decision.get(f"{of}_agents")
+    return Agents(**found) if found else None
+
+
+def _overtaken(version: Version, champion: Version, decision: Mapping[str, Any]) -> str:
+    return (
+        f"{version.title} is not promoted: it was compared with {decision['opponent']}, and since then "
+        f"{champion.title} became champion. To compare it with that one: "
+        "`dvc repro --force --single-item promote`, then `longview run`"
+    )
 
 
 def _was_champion(registry: Registry, version: Version) -> bool:

@@ -31,6 +31,9 @@ from tasks import tracking
 from tasks.fingerprint import fingerprint, text_md5
 
 WORK = Path(".work")
+PUBLISHED = WORK / "published"
+KEY = "LONGVIEW_STAGE_KEY"
+"""What the stage runs on, if a flow started it (flows/published.py)."""
 DECIMALS = 6
 
 
@@ -137,10 +140,20 @@ def open_stage(
         _refuse_changes(before, _fingerprints(inputs))
         write_json(out / "manifest.json", manifest(name, before, settings, out))
         run._publish(before)
+        _note_published(out)
     except BaseException as error:
         _close_failed(recorder, error)
         raise
     drop(scratch)
+
+
+def _note_published(out: Path) -> None:
+    """For a run that is killed before DVC has recorded the output: it need not be made again."""
+    key, stage = os.environ.get(KEY), os.environ.get("DVC_STAGE")
+    if key and stage:
+        with suppress(OSError):  # a full disk: made again if need be
+            PUBLISHED.mkdir(parents=True, exist_ok=True)
+            write_json(PUBLISHED / f"{stage}.json", {"key": key, "md5": fingerprint(out)})
 
 
 def manifest(name: str, inputs: Mapping[str, str], params: Mapping[str, Any], out: Path) -> dict[str, Any]:

@@ -7,6 +7,9 @@ Importing MLflow takes seconds and 170 MB, and talking to SQLite milliseconds a 
 imports MLflow until `client()` is called. The recorder sees when a stage is killed, and marks its run so.
 `shared_recorder()` keeps one recorder for all stages a flow starts.
 
+A server that does not answer when a run begins stops it at once. One that goes away later is waited for: the
+stage works on, and the recorder keeps its events in memory until they are sent (PATIENCE_S).
+
 Environment: MLFLOW_TRACKING_URI (default: the local store below), LONGVIEW_PARENT_RUN_ID (the flow's run),
 LONGVIEW_TRACKING=off (record nothing).
 """
@@ -21,6 +24,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +35,14 @@ STORE = Path(".work/mlflow")
 EXPERIMENT = "longview"
 REGISTERED_MODEL = "longview"
 REACH_TIMEOUT_S = 3.0
-ANSWER_TIMEOUT_S = 300.0
+PATIENCE_S = 720.0
+"""How long a server that has answered before is waited for."""
+RETRIES = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "10", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "4"}
+"""MLflow's own, of each request: 0 + 8 + 16 + 32 + 64 + 5 × 120 s are PATIENCE_S."""
+ANSWER_TIMEOUT_S = 2 * PATIENCE_S
+LEAVE_S = 10.0
+REACHED = "LONGVIEW_TRACKING_REACHED"
+"""In the environment of this process and those it starts: the server that has answered."""
 HINT = "Start it (`longview up`), correct MLFLOW_TRACKING_URI, or record nothing: LONGVIEW_TRACKING=off."
 
 
@@ -50,17 +61,34 @@ def tracking_uri() -> str:
 
 
 def check_reachable(uri: str) -> None:
-    """Fail within seconds, before any work is done, if a tracking server does not answer."""
+    """Fail within seconds, before any work is done, if a tracking server does not answer.
+
+    One that has answered before, to this process or to the one that started it, is waited for.
+    """
+    patience_s = PATIENCE_S if os.environ.get(REACHED) == uri else 0.0
+    began, told = time.monotonic(), False
+    while problem := away(uri):
+        if time.monotonic() - began >= patience_s:
+            waited = f" for {patience_s / 60:.0f} minutes" if patience_s else ""
+            raise TrackingError(f"{problem}{waited}. {HINT}")
+        if not told:
+            print(f"{problem}: waiting up to {patience_s / 60:.0f} minutes", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(1)
+    os.environ[REACHED] = uri
+
+
+def away(uri: str) -> str | None:
+    """What is wrong if `uri` is a server that does not answer now."""
     address = urlsplit(uri)
     if address.scheme not in ("http", "https"):
-        return
+        return None
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
         socket.create_connection((address.hostname, port), timeout=REACH_TIMEOUT_S).close()
     except OSError as error:
-        raise TrackingError(
-            f"MLflow at {address.hostname}:{port} does not answer ({error}). {HINT}"
-        ) from error
+        return f"MLflow at {address.hostname}:{port} does not answer ({error})"
+    return None
 
 
 def client() -> Any:
@@ -71,6 +99,8 @@ def client() -> Any:
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name, value in RETRIES.items():
+        os.environ.setdefault(name, value)
     import mlflow
 
     mlflow.set_tracking_uri(uri)
@@ -199,7 +229,11 @@ def shared_recorder() -> Iterator[None]:
                 os.environ["LONGVIEW_RECORDER"] = previous
             if process.stdin:
                 process.stdin.close()
-            process.wait(timeout=ANSWER_TIMEOUT_S)
+            try:
+                process.wait(timeout=LEAVE_S)
+            except subprocess.TimeoutExpired:  # MLflow is away; a run left open is marked by the next one
+                process.kill()
+                process.wait()
 
 
 def _start(flag: str, end: socket.socket, stdin: int) -> subprocess.Popen:

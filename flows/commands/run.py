@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Annotated, NoReturn
+from collections.abc import Mapping
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,6 +25,9 @@ Hardware = Annotated[
     str | None, typer.Option("--hardware", help="Where to train: a file of hardware/, by name.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would run, and what it takes.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the run that did not end, with the options that it had.")
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Prefect's own log too.")]
 
 
@@ -35,6 +39,7 @@ def run(
     stage_timeout: Timeout = 24.0,
     hardware: Hardware = None,
     dry_run: DryRun = False,
+    resume: Resume = False,
     verbose: Verbose = False,
 ) -> None:
     """Bring every stage up to date.
@@ -53,10 +58,25 @@ def run(
         longview run --profile llava-next-8b --dry-run
 
         longview run --profile llava-next-8b --hardware 8gpu-zero3
+
+        longview run --resume
     """
+    if resume and (dry_run or any(given is not None for given in (profile, rounds, until, hardware))):
+        raise typer.BadParameter(
+            "it takes the options of the run that it continues: give it alone", param_hint="--resume"
+        )
     if dry_run:
         _plan(profile, rounds, hardware)
         return
+    asked: dict[str, Any] = {
+        "profile_name": profile,
+        "rounds": rounds,
+        "until": until,
+        "stage_timeout_s": stage_timeout * 3600,
+    }
+    if resume:
+        asked = _unfinished()
+        hardware = asked.pop("hardware", None)
     if hardware:
         _use(hardware)
     if not verbose:
@@ -65,29 +85,42 @@ def run(
     from flows import data, pipeline, recovery, settled
     from flows import profile as profiles
     from flows.environment import root as find_root
-    from flows.parent_run import read_note
+    from flows.parent_run import read_note, write_note
     from tasks.params import ParamsError
 
     root = find_root()
     try:
         with recovery.exclusive(root) as cleaned:
-            for line in [
-                *cleaned,
-                *(f"params.yaml: {c}" for c in profiles.activate(root, profile, rounds, force=force)),
-            ]:
+            changed = profiles.activate(root, asked["profile_name"], asked["rounds"], force=force)
+            for line in [*cleaned, *(f"params.yaml: {c}" for c in changed)]:
                 typer.echo(line)
             with pipeline.opened(root):  # read once for all three questions
-                names = [s.name for s in pipeline.select(pipeline.stages(root), until)]
+                names = [s.name for s in pipeline.select(pipeline.stages(root), asked["until"])]
                 current = data.is_current(root) and not pipeline.pending(root, names)
             finished = not read_note(root).get("unfinished")
             finished &= "promote" not in names or settled.is_settled(root)
             if finished and current:
                 done = f"{len(names)} stages, nothing to run"
                 typer.echo(f"everything is up to date: {done} ({_since(began)})")
+                write_note(root, asked=None)
                 return
     except (profiles.ProfileError, pipeline.PipelineError, recovery.BusyError, ParamsError) as error:
         _stop(error)
-    _flow(profile, rounds, until, force, stage_timeout * 3600, began)
+    _flow({**asked, "force": force}, began)
+
+
+def _unfinished() -> dict[str, Any]:
+    """What the run that did not end was asked for."""
+    from flows.environment import root
+    from flows.parent_run import read_note
+
+    asked = read_note(root()).get("asked")
+    if not asked:
+        text = "the last run came to its end. `longview run` brings every stage up to date"
+        _stop(ValueError(f"nothing to resume: {text}"))
+    shown = [f"{name} {value}" for name, value in asked.items() if value and name != "stage_timeout_s"]
+    typer.echo(f"resuming the run with {', '.join(shown) or 'the parameters of params.yaml'}")
+    return dict(asked)
 
 
 def _use(hardware: str) -> None:
@@ -132,24 +165,27 @@ def _plan(profile: str | None, rounds: int | None, hardware: str | None) -> None
     raise typer.Exit(1 if any(f.level == "problem" for f in found) else 0)
 
 
-def _flow(
-    profile: str | None, rounds: int | None, until: str | None, force: bool, timeout_s: float, began: float
-) -> None:
+def _flow(asked: Mapping[str, Any], began: float) -> None:
     address = os.environ.get("PREFECT_API_URL", "").removesuffix("/api")
     temporary = "a temporary server is starting (`longview up` keeps one running)"
     typer.echo(f"Prefect: {address or temporary}")
     from flows.environment import root
+    from flows.interruption import reason
     from flows.recovery import marked
     from flows.retrain import EXPECTED, retrain
 
     try:
         with marked(root()):
-            done = retrain(profile, rounds, until, force, timeout_s)
+            done = retrain(**asked)
     except EXPECTED as error:
         _stop(error)
     except KeyboardInterrupt:
-        typer.echo("\nstopped; `longview run` continues from here", err=True)
+        typer.echo("\nstopped; `longview run --resume` continues from here", err=True)
         raise typer.Exit(130) from None
+    except Exception as error:
+        if sentence := reason(error):
+            _stop(Exception(sentence))
+        raise
     typer.echo(
         f"{len(done['ran'])} stages run, {len(done['restored'])} restored, {len(done['skipped'])} up to date,"
         f" {done['pushed']} files pushed, data version {done['data_version']} ({_since(began)})"

@@ -46,10 +46,11 @@ def write(path, text):
     Path(path).write_text(text)
 
 agents = {"reasoning": wanted["md5"] * 32, "summary": "5" * 32}
+over = {**agents, "reasoning": wanted["over"] * 32} if wanted["over"] else None
 gain = {"mean": 0.1, "low": 0.05, "high": 0.15, "n": 400}
 share = {"mean": 0.6, "low": 0.55, "high": 0.65, "n": 400}
 decision = {"decision": wanted["decision"], "candidate": name, "candidate_agents": agents, "opponent": "base",
-            "opponent_agents": None, "reasoning": gain, "perception": gain, "reason": f"{name} gains"}
+            "opponent_agents": over, "reasoning": gain, "perception": gain, "reason": f"{name} gains"}
 write("artifacts/promote/decision.json", json.dumps(decision))
 systems = {name: {"accuracy": dict.fromkeys(("reasoning", "perception", "validation"), share)}}
 comparison = {"order": [name], "systems": systems, "rounds": {}}
@@ -115,9 +116,9 @@ def gated(project: Path, store: Path, prefect_server: str, monkeypatch: pytest.M
     return project
 
 
-def want(project: Path, md5: str, decision: str = "promote") -> None:
-    """What the stage is to decide, and on which checkpoint."""
-    (project / "wanted.json").write_text(json.dumps({"md5": md5, "decision": decision}))
+def want(project: Path, md5: str, decision: str = "promote", over: str = "") -> None:
+    """What the stage is to decide, on which checkpoint, and against whose."""
+    (project / "wanted.json").write_text(json.dumps({"md5": md5, "decision": decision, "over": over}))
 
 
 def with_gate(project: Path, section: str = "{}") -> None:
@@ -186,6 +187,18 @@ def meanwhile(act: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
         return other.result(), done
 
 
+def summary_artifact() -> str:
+    """What was said of the last run that did something."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import ArtifactFilter
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    wanted = ArtifactFilter.model_validate({"key": {"any_": ["summary"]}})
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.CREATED_DESC)
+    return str(found[0].data)
+
+
 def answer(decision: str) -> tuple[str, str, str]:
     """Fill in the form; before that, wrongly."""
     from prefect.client.orchestration import get_client
@@ -209,6 +222,7 @@ def test_a_person_approves_on_the_form(gated: Path) -> None:
     assert champion.tags["run"] == done["tag"] and registry().waiting() is None
     (change,) = registry().history()
     assert (change.how, change.who, change.reason) == ("approval", "Bo", "looked at forty")
+    assert "multi_agent is champion now" in summary_artifact()
 
 
 def test_a_person_rejects_by_the_command_and_is_not_asked_again(gated: Path) -> None:
@@ -257,10 +271,10 @@ def test_a_wait_outlives_the_run_and_takes_the_answer_left_for_it(gated: Path, p
 
 
 def test_list_and_roll_back(gated: Path) -> None:
-    for md5 in ("1", "2"):
-        want(gated, md5)
+    for md5, over in (("1", ""), ("2", "1")):
+        want(gated, md5, over=over)
         run()
-    want(gated, "3", "keep")
+    want(gated, "3", "keep", over="2")
     run()
     rows = json.loads(longview("model", "list", "--json").output)
     assert [(row["version"], row["aliases"]) for row in rows] == [

@@ -150,7 +150,7 @@ def test_killed_supervisor_leaves_no_stage_behind(project: Path, prefect_server:
     flow = start(project, prefect_server, "side")
     pid = wait_for(lambda: stage_pid(project, "side"))
     family = psutil.Process(flow.pid).children(recursive=True)
-    supervisor = next(p for p in family if any("supervise.py" in word for word in p.cmdline()))
+    supervisor = next(p for p in family if "flows.dvc_server" in p.cmdline())
     supervisor.kill()
     assert flow.wait(60) == 1
     wait_for(lambda: not psutil.pid_exists(pid), 20)

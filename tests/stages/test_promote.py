@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -174,19 +175,39 @@ def kill_at(monkeypatch, count):
     return left
 
 
+def agents(number):
+    return Agents(str(number) * 32, str(number) * 32)
+
+
 def candidate(number, folder):
     rows = folder / "predictions.jsonl"
     rows.write_text('{"id": "1"}\n')
-    agents = Agents(str(number) * 32, str(number) * 32)
-    return promotion.Candidate(f"r{number}", agents, rows, {"run": f"run/{number}", "reason": "better"})
+    tags = {"run": f"run/{number}", "reason": "better"}
+    return promotion.Candidate(f"r{number}", agents(number), rows, tags)
 
 
-def settle(registry, number, folder, approval=None):
-    """A candidate that passed the gate."""
+def settle(registry, number, folder, approval=None, over=None):
+    """A candidate that passed the gate, against the one before it unless told otherwise."""
     gain = {"mean": 0.1, "low": 0.1, "high": 0.1}
     passed = {"decision": "promote", "opponent": "base", "reason": f"r{number} is better"}
+    over = number - 1 if over is None else over
+    passed |= {"opponent": f"r{over}", "opponent_agents": asdict(agents(over))} if over else {}
     passed |= {"reasoning": gain, "perception": gain}
     return promotion.settle(registry, passed, candidate(number, folder), approval)
+
+
+def test_a_champion_made_since_the_decision_is_not_replaced_unseen(checkout):
+    """Two checkouts with one registry: both beat version 1, the second was never compared with the first."""
+    registry = Registry("shared")
+    settle(registry, 1, checkout)
+    assert settle(registry, 2, checkout).state == "champion"
+    for approval in (None, promotion.Approval(24)):
+        third = settle(registry, 3, checkout, approval, over=1)
+        assert third.state == "kept" and "version 2 (r2) became champion" in third.sentence
+        assert registry.champion().number == "2" and registry.waiting() is None
+    assert settle(registry, 3, checkout, over=2).state == "champion"
+    assert settle(registry, 2, checkout).state == "kept", "an old decision, carried out again"
+    assert registry.champion().number == "3"
 
 
 def roll_back(registry, folder):

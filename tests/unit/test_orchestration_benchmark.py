@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from benchmarks.orchestration import DVC, OURS, Times, judge, without_work
+from benchmarks.orchestration import DAGSTER, DVC, OURS, Times, judge, without_work
 
 DVC_YAML = Path(__file__).resolve().parents[2] / "dvc.yaml"
 
@@ -36,3 +36,16 @@ def test_overhead_is_above_the_bare_commands_and_by_stage() -> None:
     assert "2.00 to 9.00 s" in rows[0].what and len(table.rows) == 2
     missed, _ = judge({OURS: slow}, 20)
     assert [row.holds for row in missed] == [False, False]
+
+
+def test_a_peer_without_versions_has_no_run_with_nothing_to_do() -> None:
+    rows, table = judge({DAGSTER: Times(up_to_date=[], executed=[12.0], bare=[2.0])}, 20)
+    assert [row.value for row in rows] == pytest.approx([0.5]) and table.rows[0][1] == ""
+
+
+def test_the_metaflow_peer_is_a_chain_of_all_stages() -> None:
+    from benchmarks.peers.metaflow_peer import source
+
+    text = source([["first", "true"], ["dpo@r1", "mkdir 'a b'"]])
+    compile(text, "flow", "exec")
+    assert [text.count(f"self.next(self.{name})") for name in ("first", "dpo_r1", "end")] == [1, 1, 1]

@@ -1,0 +1,462 @@
+"""Scheduled runs and `kill -9` at random moments: does each end, is nothing trained twice, nothing half done?
+
+    python -m benchmarks.chaos [--kills 50] [--seed 0] [--save]
+
+A small project: stages that take a second (tasks/stage.py's open_stage, with real records in MLflow), two
+rounds, a decision, a git repository, a DVC remote; a Prefect server and an MLflow server of its own. Each run
+begins with new data. While it goes on, one process after the other is killed, drawn at random: the flow, the
+stage, the process that DVC is in, the Prefect server, the MLflow server. A server comes back after a few
+seconds, as under systemd; a run that ended badly is started again, as the next schedule would, by
+`longview run` or `longview run --resume`. After each run that ends well, and in the end, everything is looked
+at: Prefect's states, the stages that came to their end, the registry, `dvc status`.
+
+Stages note their end themselves, after they have published. One that ends twice on the same inputs was done
+twice. Killed before its end, a stage is begun again: in a real one, checkpoint and journal continue it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks import results
+from benchmarks.results import ROOT, Row, Table
+from flows import pipeline
+from flows.commands.servers import MLFLOW, PREFECT, Server, command
+
+FOREIGN = ("LONGVIEW_", "PREFECT_", "MLFLOW_", "DVC_")
+"""Settings of this checkout, not of the project."""
+VICTIMS = ("flow", "stage", "dvc", "prefect", "mlflow")
+PAUSE_S, AWAY_S = (0.5, 10.0), (0.5, 5.0)
+"""Between two kills, and before a server comes back."""
+ATTEMPTS, RUN_S, SERVER_S = 40, 600, 120
+"""The most starts of one run, the longest a start may take, and a server to answer."""
+FAILED_CLEARLY = 1
+"""Exit status of a run that says what is wrong and what to do. Any other, without a kill, is none."""
+STAGE = """
+import hashlib, json, os, sys, time
+from pathlib import Path
+
+from tasks.stage import open_stage
+
+name, out, *inputs = sys.argv[1:]
+key = os.environ.get("LONGVIEW_STAGE_KEY", "")
+with open_stage(name, params={}, inputs=inputs, out=out) as stage:
+    time.sleep(1)
+    files = [file for folder in inputs for file in sorted(Path(folder).rglob("*")) if file.is_file()]
+    content = hashlib.md5(b"".join(file.read_bytes() for file in files)).hexdigest()
+    (stage.out / "weights").write_text(f"{name} {content}")
+    stage.metrics({"length": 2.5})
+with open("control/ended.txt", "a") as file:
+    file.write(f"{name} {key}\\n")
+"""
+DECIDE = """
+import hashlib, json
+from pathlib import Path
+
+from tasks.registry import Registry
+
+def write(path, text):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+
+def md5(path):
+    return hashlib.md5(Path(path, "weights").read_bytes()).hexdigest()
+
+champion, name = Registry().champion(), "r2"
+agents = {"reasoning": md5("artifacts/rounds/r2/dpo"), "summary": md5("artifacts/summary_sft")}
+if champion and champion.agents.reasoning == agents["reasoning"]:  # it was promoted: the same decision again
+    champion = Registry().version(champion.over) if champion.over != "base" else None
+over = {"reasoning": champion.agents.reasoning, "summary": champion.agents.summary} if champion else None
+gain = {"mean": 0.1, "low": 0.05, "high": 0.15, "n": 400}
+share = {"mean": 0.6, "low": 0.55, "high": 0.65, "n": 400}
+decision = {"decision": "promote", "candidate": name, "candidate_agents": agents,
+            "opponent": "champion" if over else "base", "opponent_agents": over, "reasoning": gain,
+            "perception": gain, "reason": "r2 gains"}
+write("artifacts/promote/decision.json", json.dumps(decision))
+systems = {name: {"accuracy": {"reasoning": share, "perception": share}}}
+write("artifacts/compare/comparison.json", json.dumps({"order": ["base", name], "systems": systems}))
+write(f"artifacts/evaluate/{name}/predictions.jsonl", '{"id": "1"}\\n')
+inputs = {"artifacts/rounds/r2/dpo/checkpoint": agents["reasoning"],
+          "artifacts/summary_sft/checkpoint": agents["summary"]}
+write(f"artifacts/evaluate/{name}/manifest.json", json.dumps({"inputs": inputs}))
+"""
+DVC_YAML = """
+stages:
+  reasoning_sft:
+    cmd: python stage.py reasoning_sft artifacts/reasoning_sft data
+    deps: [data, stage.py]
+    outs: [artifacts/reasoning_sft]
+  summary_sft:
+    cmd: python stage.py summary_sft artifacts/summary_sft artifacts/reasoning_sft
+    deps: [artifacts/reasoning_sft, stage.py]
+    outs: [artifacts/summary_sft]
+  dpo:
+    foreach: ${rounds}
+    do:
+      cmd: python stage.py dpo@${key} artifacts/rounds/${key}/dpo ${item.policy}
+      deps: ["${item.policy}", stage.py]
+      outs: ["artifacts/rounds/${key}/dpo"]
+  promote:
+    cmd: python decide.py
+    deps: [artifacts/rounds/r2/dpo, artifacts/summary_sft, decide.py]
+    outs: [artifacts/promote, artifacts/compare, artifacts/evaluate]
+"""
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@dataclass
+class Service:
+    """A server on a port of its own, started again on it after a kill."""
+
+    server: Server
+    folder: Path
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        with (self.folder / f"control/{self.server.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command(self.server, self.port, self.folder),
+                cwd=self.folder,
+                env=environment(self.folder),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def answers(self) -> bool:
+        import httpx
+
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}{self.server.health}", timeout=2).is_success
+        return False
+
+    def await_answer(self) -> None:
+        deadline = time.monotonic() + SERVER_S
+        while not self.answers():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.server.name} does not come up: {self.folder}/control has its log")
+            time.sleep(0.2)
+
+    def kill(self) -> bool:
+        """SIGKILL to all its processes."""
+        if self.process is None or self.process.poll() is not None:
+            return False
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return True
+
+
+def environment(folder: Path, services: Sequence[Service] = ()) -> dict[str, str]:
+    """This checkout's code on that project and those servers."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    urls = {s.server.name: s.url for s in services}
+    servers = (
+        {"PREFECT_API_URL": f"{urls['prefect']}/api", "MLFLOW_TRACKING_URI": urls["mlflow"]} if urls else {}
+    )
+    return {
+        **kept,
+        **servers,
+        "PYTHONPATH": str(ROOT),
+        "LONGVIEW_ROOT": str(folder),
+        "PREFECT_HOME": str(folder / ".work/prefect"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+
+
+def make(folder: Path) -> None:
+    """The project, with nothing run."""
+    from flows import profile
+
+    for name in ("control", "profiles", "data", ".work"):
+        (folder / name).mkdir(parents=True)
+    (folder / "stage.py").write_text(STAGE)
+    (folder / "decide.py").write_text(DECIDE)
+    (folder / "dvc.yaml").write_text(DVC_YAML)
+    (folder / "profiles/embedded.yaml").write_text("profile: embedded\nseed: 0\nrounds: 2\npromote: {}\n")
+    (folder / ".gitignore").write_text("/data\n/artifacts\n/.work\n/control\n")
+    (folder / "data/records.jsonl").write_text('{"id": "0"}\n')
+    profile.activate(folder, "embedded")
+    run = environment(folder)
+    for words in (
+        ["git", "init", "-q"],
+        [sys.executable, "-m", "dvc", "init", "-q"],
+        [sys.executable, "-m", "dvc", "remote", "add", "-q", "-d", "local", str(folder / ".work/remote")],
+        [sys.executable, "-m", "dvc", "add", "-q", "data"],
+        ["git", "config", "user.name", "chaos"],
+        ["git", "config", "user.email", "chaos@example.org"],
+        ["git", "add", "-A"],
+        ["git", "commit", "-qm", "project"],
+    ):
+        subprocess.run(words, cwd=folder, env=run, check=True)
+
+
+@contextmanager
+def project(folder: Path) -> Iterator[dict[str, Service]]:
+    """The project and its servers; nothing of them is left behind."""
+    make(folder)
+    services = {server.name: Service(server, folder) for server in (PREFECT, MLFLOW)}
+    try:
+        for service in services.values():
+            service.start()
+        for service in services.values():
+            service.await_answer()
+        yield services
+    finally:
+        for service in services.values():
+            service.kill()
+
+
+@dataclass
+class Found:
+    """What was seen. trouble: what must not be, in words."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    runs: int = 0
+    starts: int = 0
+    failed_clearly: int = 0
+    trouble: dict[str, list[str]] = field(
+        default_factory=lambda: {name: [] for name in ("end", "twice", "half", "states", "dvc")}
+    )
+
+
+def rampage(folder: Path, services: Mapping[str, Service], kills: int, seed: int) -> Found:
+    """Runs on ever new data, until so many processes were killed; then one without a kill."""
+    found, draw = Found(), random.Random(seed)
+    while True:
+        found.runs += 1
+        new_data(folder, found.runs)
+        last = sum(found.kills.values()) >= kills
+        one_run(folder, services, found, draw, 0 if last else kills)
+        look(folder, services, found)
+        print(
+            f"run {found.runs}: {sum(found.kills.values())} kills, {found.starts} starts, "
+            f"{sum(map(len, found.trouble.values()))} troubles",
+            flush=True,
+        )
+        if last:
+            return found
+
+
+def new_data(folder: Path, number: int) -> None:
+    """Another version of data/, tracked."""
+    with (folder / "data/records.jsonl").open("a") as file:
+        file.write(f'{{"id": "{number}"}}\n')
+    words = [sys.executable, "-m", "dvc", "add", "-q", "data"]
+    subprocess.run(words, cwd=folder, env=environment(folder), check=True)
+
+
+def one_run(
+    folder: Path, services: Mapping[str, Service], found: Found, draw: random.Random, kills: int
+) -> None:
+    """Start it until it ends well, killing meanwhile."""
+    back: dict[str, float] = {}
+    for attempt in range(ATTEMPTS):
+        found.starts += 1
+        words = ["run", "--resume"] if attempt and draw.random() < 0.5 else ["run"]
+        with (folder / "control/longview.log").open("ab") as log:
+            log.write(f"--- start {found.starts}: {' '.join(words)}\n".encode())
+            log.flush()
+            flow = subprocess.Popen(
+                [sys.executable, "-m", "flows.cli", *words],
+                cwd=folder,
+                env=environment(folder, list(services.values())),
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+        victim = harass(flow, services, found, draw, kills, back)
+        status = flow.wait()
+        if status == 0:
+            return_servers(services, back, at_once=True)
+            return
+        if victim != "flow" and status == FAILED_CLEARLY:
+            found.failed_clearly += 1
+        elif victim != "flow":
+            found.trouble["end"].append(f"start {found.starts}: exit status {status}")
+        return_servers(services, back, at_once=True)
+    found.trouble["end"].append(f"run {found.runs} did not end well in {ATTEMPTS} starts")
+
+
+def harass(
+    flow: subprocess.Popen[bytes],
+    services: Mapping[str, Service],
+    found: Found,
+    draw: random.Random,
+    kills: int,
+    back: dict[str, float],
+) -> str:
+    """Kill at random while the run goes on; the last victim."""
+    victim, next_kill = "", time.monotonic() + draw.uniform(*PAUSE_S)
+    deadline = time.monotonic() + RUN_S
+    while flow.poll() is None:
+        return_servers(services, back)
+        if time.monotonic() > deadline:
+            found.trouble["end"].append(f"start {found.starts}: still going after {RUN_S} s")
+            flow.kill()
+            return "flow"
+        if sum(found.kills.values()) < kills and time.monotonic() > next_kill:
+            name = draw.choice(VICTIMS)
+            if kill(name, flow, services):
+                victim = name
+                found.kills[name] += 1
+                if name in services:
+                    back[name] = time.monotonic() + draw.uniform(*AWAY_S)
+            next_kill = time.monotonic() + draw.uniform(*PAUSE_S)
+        time.sleep(0.05)
+    return victim
+
+
+def kill(name: str, flow: subprocess.Popen[bytes], services: Mapping[str, Service]) -> bool:
+    """Whether there was such a process."""
+    if name in services:
+        return services[name].kill()
+    if name == "flow":
+        flow.kill()
+        return True
+    marks = {"stage": "stage.py", "dvc": "flows.dvc_server"}
+    with suppress(psutil.Error):
+        for process in psutil.Process(flow.pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if marks[name] in process.cmdline()[1:3]:
+                    process.kill()
+                    return True
+    return False
+
+
+def return_servers(services: Mapping[str, Service], back: dict[str, float], at_once: bool = False) -> None:
+    """Start those again whose time has come; `at_once` all, and wait until they answer."""
+    for name, when in list(back.items()):
+        if at_once or time.monotonic() > when:
+            services[name].start()
+            del back[name]
+    if at_once:
+        for service in services.values():
+            service.await_answer()
+
+
+def look(folder: Path, services: Mapping[str, Service], found: Found) -> None:
+    """What must hold after a run that ended well."""
+    ended = (folder / "control/ended.txt").read_text().split("\n")[:-1]
+    found.trouble["twice"] = [f"{line}: {count} times" for line, count in Counter(ended).items() if count > 1]
+    run = f"run {found.runs}"
+    found.trouble["half"] += [f"{run}: {what}" for what in registry_trouble(folder, services["mlflow"].url)]
+    found.trouble["states"] = state_trouble(services["prefect"].url)
+    states = {**pipeline.data_states(folder), **pipeline.states(folder)}
+    found.trouble["dvc"] += [
+        f"{run}: {name} {s.state}" for name, s in states.items() if s.state != pipeline.UP_TO_DATE
+    ]
+
+
+def registry_trouble(folder: Path, url: str) -> list[str]:
+    """The champion is the candidate of the last decision, with all that a promotion leaves."""
+    from tasks.registry import Agents, Registry
+
+    os.environ["MLFLOW_TRACKING_URI"] = url
+    registry = Registry()
+    champion, history = registry.champion(), registry.history()
+    decision = json.loads((folder / "artifacts/promote/decision.json").read_text())
+    if champion is None or champion.agents != Agents(**decision["candidate_agents"]):
+        return [f"the champion is {champion and champion.number}, not the candidate of the last decision"]
+    missing = [tag for tag in ("run", "commit", "promoted_over", "who", "reason") if tag not in champion.tags]
+    wrong = [f"version {champion.number} lacks the tag {tag}" for tag in missing]
+    if [change.after for change in history][-1] != champion.number or champion.awaiting:
+        wrong.append(f"the history does not end with version {champion.number}")
+    if len({change.after for change in history}) != len(history):
+        wrong.append("a version became champion twice")
+    return wrong
+
+
+def state_trouble(url: str) -> list[str]:
+    """Flow runs that Prefect believes to be going on, though nothing does."""
+    import httpx
+
+    found = httpx.post(f"{url}/api/flow_runs/filter", json={"limit": 200}, timeout=30).json()
+    final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+    return [f"{run['name']}: {run['state_type']}" for run in found if run["state_type"] not in final]
+
+
+def judge(found: Found) -> tuple[list[Row], Table]:
+    """Rows, and the table of victims."""
+
+    def none(what: str, key: str) -> Row:
+        count = len(found.trouble[key])
+        return Row(what, count, "", "0", count == 0)
+
+    kills = sum(found.kills.values())
+    rows = [
+        Row("processes killed", kills, ""),
+        Row(f"runs, in {found.starts} starts", found.runs, ""),
+        Row("starts that failed, saying what is wrong and what to do", found.failed_clearly, ""),
+        none("runs that did not end, or ended without saying why", "end"),
+        none("stages that came to their end twice on the same inputs", "twice"),
+        none("half-promoted models", "half"),
+        none("runs that Prefect shows as going on, in the end", "states"),
+        none("stages and data not up to date after a run (dvc status)", "dvc"),
+    ]
+    cells = [[name, str(found.kills[name])] for name in VICTIMS]
+    return rows, Table("Victims", ("Process", "Kills"), cells, "SIGKILL, at random moments.")
+
+
+def arguments(words: Sequence[str] | None = None) -> Any:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    args = parser.parse_args(words)
+    if args.kills < 1:
+        parser.error("--kills: 1 or more")
+    return args
+
+
+def main() -> int:
+    """Run, kill, look."""
+    args = arguments()
+    (ROOT / ".work").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=ROOT / ".work", prefix="chaos-") as home:
+        folder = Path(home) / "project"
+        with project(folder) as services:
+            found = rampage(folder, services, args.kills, args.seed)
+            for text in (line for lines in found.trouble.values() for line in lines):
+                print(f"trouble: {text}", file=sys.stderr)
+            if any(found.trouble.values()):
+                log = (folder / "control/longview.log").read_text(encoding="utf-8", errors="replace")
+                (ROOT / ".work/chaos.log").write_text(log)
+                print("the runs' output: .work/chaos.log", file=sys.stderr)
+        rows, table = judge(found)
+    return results.finish("chaos", rows, [results.row_table("chaos", rows), table], args.save)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
