@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from ruamel.yaml import YAML
 
 from flows import data, objects, versions
 from flows.environment import root as find_root
@@ -26,6 +28,7 @@ from flows.versions import RunVersion
 from tasks.side_by_side import (
     HEAD,
     WORKSPACE,
+    Champion,
     Comparison,
     Generation,
     answers,
@@ -36,6 +39,12 @@ from tasks.side_by_side import (
 )
 
 EVALUATE, PREDICTIONS = "artifacts/evaluate", "predictions.jsonl"
+CHECKPOINTS = (
+    "artifacts/foundation/",
+    "artifacts/reasoning_sft/",
+    "artifacts/summary_sft/",
+    "artifacts/rounds/",
+)
 COMPARISON, DECISION = Path("artifacts/compare/comparison.json"), Path("artifacts/promote/decision.json")
 
 
@@ -60,36 +69,43 @@ def compare(runs: list[str] | None = None, rounds: bool = False) -> dict[str, An
 
 def make(root: Path, names: Sequence[str], *, rounds: bool = False) -> Comparison:
     """Compare. Raises CompareError or versions.VersionError."""
-    with objects.opened(root) as stored:
-        if names:
-            runs = [versions.resolve(root, name) for name in names]
+    if names:
+        runs = [versions.resolve(root, name) for name in names]
+        with objects.opened(root) as stored:
             found = [g for run in dict.fromkeys(runs) for g in of_run(root, stored, run, every=rounds)]
-        else:
-            found = of_workspace(root)
+    else:
+        found = of_workspace(root)
     if not found:
         raise CompareError("there is no generation to compare")
-    title, kept = champion(root)
+    kept = champion(root)
     rows = lines(found, kept)
-    return Comparison(rows, title, verdict(rows))
+    return Comparison(rows, kept.title if kept else None, verdict(rows))
 
 
 def of_workspace(root: Path) -> list[Generation]:
     """Every generation of this checkout. Raises CompareError."""
-    if not (root / COMPARISON).is_file():
+    found = _json(root / COMPARISON)
+    if found is None:
         raise CompareError("nothing is compared yet: `longview run`, or name runs (`longview data versions`)")
-    found = json.loads((root / COMPARISON).read_text(encoding="utf-8"))
+    lock = root / versions.LOCK
+    made = YAML(typ="safe").load(lock.read_text(encoding="utf-8")) if lock.is_file() else {"stages": {}}
     paths = {name: root / EVALUATE / name / PREDICTIONS for name in found["order"]}
-    return _generations(WORKSPACE, data.version(root), found, found["order"], paths)
+    run = Source(WORKSPACE, data.version(root), (_json(root / DECISION) or {}).get("candidate"))
+    return _generations(run, found, found["order"], paths, made)
 
 
 def of_run(root: Path, stored: Objects, run: RunVersion, *, every: bool) -> list[Generation]:
     """The generation that a run decided on, or all of them. Raises VersionError."""
     found = json.loads(versions.read(root, run, "metrics/comparison.json"))
     names = found["order"] if every else [run.candidate or found["order"][-1]]
-    stages = versions.lock(root, run)["stages"].values()
-    made = {out["path"]: str(out.get("md5")) for stage in stages for out in stage.get("outs", [])}
+    lock = versions.lock(root, run)
+    made = {out["path"]: str(out.get("md5")) for s in lock["stages"].values() for out in s.get("outs", [])}
     paths = {name: _stored(stored, made.get(f"{EVALUATE}/{name}"), PREDICTIONS) for name in names}
-    return _generations(run.tag, run.data, found, names, paths)
+    return _generations(Source(run.tag, run.data, run.candidate), found, names, paths, lock)
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _stored(stored: Objects, md5: str | None, below: str) -> Path | None:
@@ -105,39 +121,74 @@ def _stored(stored: Objects, md5: str | None, below: str) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where generations are from: a run's tag or the checkout, its data version, and its candidate."""
+
+    run: str
+    data: str | None
+    candidate: str | None
+
+
 def _generations(
-    run: str,
-    version: str | None,
+    run: Source,
     found: Mapping[str, Any],
     names: Sequence[str],
     paths: Mapping[str, Path | None],
+    lock: Mapping[str, Any],
 ) -> list[Generation]:
     order = found["order"]
     made = []
     for name in names:
-        at, path = order.index(name), paths[name]
-        rows = answers(path)
+        at = order.index(name)
         policy = order[at - 1] if at else None
-        made.append(
-            Generation(
-                run, name, version, found["systems"][name], found["rounds"].get(name, {}), policy, rows
-            )
+        generation = Generation(
+            run.run,
+            name,
+            _read(lock, name).get(data.FOLDER) or run.data,
+            found["systems"][name],
+            found["rounds"].get(name, {}),
+            policy,
+            rows=answers(paths[name]),
+            checkpoints=checkpoints(lock, name),
+            policy_md5=next(iter(checkpoints(lock, policy).values()), None) if policy else None,
+            candidate=name == run.candidate,
         )
+        made.append(generation)
     return made
 
 
-def champion(root: Path) -> tuple[str | None, Sequence[Mapping[str, Any]]]:
-    """The champion's title and the answers kept with it; None and nothing without one."""
+def checkpoints(lock: Mapping[str, Any], name: str) -> dict[str, str]:
+    """DVC's md5 of each checkpoint that a generation answered with, by path; none if it was not evaluated."""
+    found = [(path, md5) for path, md5 in _read(lock, name).items() if path.startswith(CHECKPOINTS)]
+    # The reasoning agent's first: the summary agent's is of every generation.
+    return dict(sorted(found, key=lambda pair: "summary" in pair[0]))
+
+
+def _read(lock: Mapping[str, Any], name: str) -> dict[str, str]:
+    """What the stage that evaluated a generation read: path and md5."""
+    out = f"{EVALUATE}/{name}"
+    for stage in lock["stages"].values():
+        if any(made["path"] == out for made in stage.get("outs", [])):
+            return {dep["path"]: str(dep.get("md5")) for dep in stage.get("deps", [])}
+    return {}
+
+
+def champion(root: Path) -> Champion | None:
+    """The champion with the answers kept of it; None without one."""
     from tasks import tracking
     from tasks.registry import Registry
 
     with chdir(root):
         uri = tracking.tracking_uri()
         if not tracking.enabled() or (uri.startswith("sqlite:///") and not Path(uri[10:]).exists()):
-            return None, []
+            return None
         registry = Registry()
         version = registry.champion()
-        return (version.title, registry.predictions(version) or []) if version else (None, [])
+        if version is None:
+            return None
+        agents = frozenset((version.agents.reasoning, version.agents.summary))
+        return Champion(version.title, registry.predictions(version) or [], agents)
 
 
 def main() -> None:

@@ -22,6 +22,9 @@ SHOWN = 5
 """Examples of each kind of change."""
 FREQUENT = 12
 """Answers listed by name; the others are one line."""
+OTHERS = "others"
+BINS = 12
+"""Of a distribution of lengths, at most."""
 
 
 class DataVersionError(ValueError):
@@ -58,7 +61,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Difference:
-    """`before` against `after`. changed: which fields changed, by how many records. examples: by kind."""
+    """`before` against `after`. changed: which fields changed, by how many records. examples: by kind.
+    lengths: of questions and answers, how many records have `from` to `to` characters in each version."""
 
     before: Side
     after: Side
@@ -66,6 +70,7 @@ class Difference:
     removed: int
     changed: dict[str, int]
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    lengths: dict[str, list[dict[str, int]]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -118,14 +123,14 @@ def _made(root: Path, run: versions.RunVersion) -> Iterator[str]:
 
 
 def _count(stored: Objects, md5: str) -> int | None:
-    path = _records(stored, md5)
+    path = records_of(stored, md5)
     if path is None:
         return None
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
 
 
-def _records(stored: Objects, md5: str) -> Path | None:
+def records_of(stored: Objects, md5: str) -> Path | None:
     """The records of a version in the cache; None if the cache has them not."""
     part = stored.part(md5, RECORDS)
     path = stored.path(part) if part else None
@@ -163,8 +168,8 @@ def diff(root: Path, before: str, after: str) -> Difference:
     with objects.opened(root) as stored:
         paths = [_fetched(stored, md5) for md5 in (before, after)]
         images = [stored.listing(md5) or {} for md5 in (before, after)]
-    old, one = _read(paths[0], before, images[0])
-    new, other = _read(paths[1], after, images[1])
+    old, one = _read(paths[0], images[0])
+    new, other = _read(paths[1], images[1])
     changed: Counter[str] = Counter()
     examples: dict[str, list[tuple[str, str]]] = {"added": [], "removed": [], "changed": []}
     for key in new.keys() | old.keys():
@@ -180,8 +185,15 @@ def diff(root: Path, before: str, after: str) -> Difference:
     counts = {kind: len(found) for kind, found in examples.items()}
     wanted = {kind: sorted(found, key=lambda pair: pair[1])[:SHOWN] for kind, found in examples.items()}
     shown = _examples(paths, wanted)
+    frequent = [answer for answer, _ in (one.answers + other.answers).most_common(FREQUENT)]
     return Difference(
-        one, other, counts["added"], counts["removed"], {"records": counts["changed"], **changed}, shown
+        _side(before, one, frequent),
+        _side(after, other, frequent),
+        counts["added"],
+        counts["removed"],
+        {"records": counts["changed"], **changed},
+        shown,
+        {name: _histogram(one.lengths[name], other.lengths[name]) for name in LENGTHS},
     )
 
 
@@ -194,27 +206,74 @@ def _parts(digest: bytes) -> list[bytes]:
     return [digest[at : at + PART_BYTES] for at in range(0, len(digest), PART_BYTES)]
 
 
-def _read(path: Path, md5: str, files: dict[str, str]) -> tuple[dict[str, bytes], Side]:
+LENGTHS = ("question", "answer")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is counted of a version: records by answer, by split, and by length of a field in characters."""
+
+    answers: Counter[str] = field(default_factory=Counter)
+    splits: Counter[str] = field(default_factory=Counter)
+    lengths: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in LENGTHS})
+
+
+def _read(path: Path, files: dict[str, str]) -> tuple[dict[str, bytes], Counts]:
     """Id -> digests of FIELDS, and what the version holds."""
     digests: dict[str, bytes] = {}
-    answers: Counter[str] = Counter()
-    splits: Counter[str] = Counter()
-    lengths = [0, 0]
+    counts = Counts()
     for record in _lines(path):
         question, answer = _text(record, "question"), _text(record, "answer")
-        pictures = record.get("images") or [record.get("image")]
-        bytes_of = json.dumps([files.get(str(name), name) for name in pictures])
+        bytes_of = json.dumps([files.get(name, name) for name in pictures(record)])
         digests[str(record.get("id"))] = b"".join(_digest(text) for text in (question, answer, bytes_of))
-        answers[answer] += 1
-        splits[str(record.get("split", ""))] += 1
-        lengths[0] += len(question)
-        lengths[1] += len(answer)
-    count = max(1, len(digests))
-    frequent = dict(answers.most_common(FREQUENT))
-    if len(answers) > FREQUENT:
-        frequent[f"{len(answers) - FREQUENT:,} others"] = answers.total() - sum(frequent.values())
-    side = Side(md5, len(digests), dict(splits), frequent, lengths[0] / count, lengths[1] / count)
-    return digests, side
+        counts.answers[answer] += 1
+        counts.splits[str(record.get("split", ""))] += 1
+        counts.lengths["question"][len(question)] += 1
+        counts.lengths["answer"][len(answer)] += 1
+    return digests, counts
+
+
+def pictures(record: dict[str, Any]) -> list[str]:
+    """The names of a record's images."""
+    return [str(name) for name in record.get("images") or [record.get("image")] if name]
+
+
+def _side(md5: str, counts: Counts, frequent: list[str]) -> Side:
+    """`frequent`: the answers to name, those of both versions together."""
+    answers = {name: counts.answers[name] for name in frequent if name in counts.answers}
+    rest = counts.answers.total() - sum(answers.values())
+    means = {
+        name: sum(length * number for length, number in found.items()) / max(1, found.total())
+        for name, found in counts.lengths.items()
+    }
+    return Side(
+        md5,
+        counts.answers.total(),
+        dict(counts.splits),
+        {**answers, OTHERS: rest} if rest else answers,
+        means["question"],
+        means["answer"],
+    )
+
+
+def _histogram(one: Counter[int], other: Counter[int]) -> list[dict[str, int]]:
+    """Both versions in the same bins of equal width."""
+    every = one.keys() | other.keys()
+    if not every:
+        return []
+    low, high = min(every), max(every)
+    width = -(-(high - low + 1) // BINS)
+    return [
+        {
+            "from": start,
+            "to": start + width - 1,
+            **{
+                side: sum(number for length, number in found.items() if start <= length < start + width)
+                for side, found in (("before", one), ("after", other))
+            },
+        }
+        for start in range(low, high + 1, width)
+    ]
 
 
 def _text(record: dict[str, Any], name: str) -> str:
@@ -251,11 +310,11 @@ def _examples(paths: list[Path], wanted: dict[str, list[tuple[str, str]]]) -> di
 
 def _fetched(stored: Objects, md5: str) -> Path:
     """The records of a version, from the remote if the cache has them not."""
-    path = _records(stored, md5)
+    path = records_of(stored, md5)
     if path:
         return path
     stored.fetch(md5, RECORDS)
-    path = _records(stored, md5)
+    path = records_of(stored, md5)
     if path is None:
         raise DataVersionError(
             f"data version {md5[:8]}: neither the cache nor the remote has its {RECORDS}; "

@@ -24,7 +24,18 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
-from flows import approval, data, dvc_server, interruption, notify, pipeline, profile, recovery, versions
+from flows import (
+    approval,
+    data,
+    dvc_server,
+    interruption,
+    notify,
+    pipeline,
+    profile,
+    recovery,
+    run_view,
+    versions,
+)
 from flows.dpo_rounds import run_rounds
 from flows.environment import root as find_root
 from flows.environment import server_url
@@ -132,6 +143,8 @@ def retrain(
                 )
                 made = record(str(root), facts)
             state = approval.settle(root, made) if "promote" in names else None
+            if until is None:
+                run_view.publish(root, parent.opened, facts, made)
             publish(root, parent.opened)
             write_note(root, unfinished=None, asked=None)
         tag = made.tag if made else None

@@ -3,25 +3,28 @@
     python -c "from tasks.flips import flips; print(flips([], []))"
 
 A gain of two points may be thirty questions won and fifteen lost: the page shows which, with the chains.
+Where records are annotated (the embedded boards), the oracle scores each chain and marks its false steps.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.images import ImageError, decode_image, read_image
+from models import results
+from models.images import read_image
+from models.records import read_jsonl
 from models.results import Rows
+from tasks import side_by_side
+from tasks.pages import Pictures, render, thumbnail
+from tasks.side_by_side import Comparison
 
-PIXELS = 160
 SHOWN = 200
 """Of each direction; the page says how many there are."""
-Pictures = Callable[[str], bytes]
-"""The bytes of an image by its name in a record. Raises OSError or ImageError."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Flips:
 
     won: list[tuple[Any, Any]]
     lost: list[tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where questions come from. boards: what the image shows, as digits, by question id, where known."""
+
+    pictures: Pictures
+    boards: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
 
 
 def flips(before: Rows, after: Rows) -> Flips:
@@ -47,43 +58,112 @@ def _key(row: Any) -> tuple[Any, ...]:
     return row["id"], row["question"], row["truth"]
 
 
-def pictures_of(folder: Path) -> Pictures:
-    """The images below a folder; no name leads out of it."""
-    return lambda name: read_image(folder, name)
+def source_of(folder: Path) -> Source:
+    """The images and annotations below data/; no name of an image leads out of it."""
+    records = folder / "records.jsonl"
+    boards = boards_of(records) if records.is_file() else {}
+    return Source(lambda name: read_image(folder, name), boards)
 
 
-def page(found: Flips, before: str, after: str, pictures: Pictures) -> str:
-    """One self-contained HTML page; everything that a model or a person wrote is escaped."""
-    from jinja2 import Environment, FileSystemLoader
+def boards_of(records: Path) -> dict[str, Sequence[Sequence[int]]]:
+    """The digits that images show, by record, of a records.jsonl; only annotated records have them."""
+    shown = ((record["id"], (record.get("annotation") or {}).get("digits")) for record in read_jsonl(records))
+    return {key: digits for key, digits in shown if digits}
 
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True)
-    template = environment.get_template("flips.html.j2")
+
+def page(found: Flips, before: str, after: str, source: Source, comparison: Comparison | None = None) -> str:
+    """One self-contained HTML page, with the comparison above the questions if there is one. Everything that
+    a model or a person wrote is escaped."""
     sections = [
-        {"title": title, "count": len(rows), "rows": [_shown(*pair, pictures) for pair in rows[:SHOWN]]}
+        {
+            "title": title,
+            "count": len(rows),
+            "families": _families(rows),
+            "rows": [_shown(*pair, source) for pair in rows[:SHOWN]],
+        }
         for title, rows in (("wrong → right", found.won), ("right → wrong", found.lost))
     ]
-    return template.render(before=before, after=after, sections=sections, shown=SHOWN)
+    return render(
+        "flips.html.j2",
+        before=before,
+        after=after,
+        sections=sections,
+        shown=SHOWN,
+        scored=bool(source.boards),
+        overview=_overview(comparison) if comparison else None,
+    )
 
 
-def _shown(old: Any, new: Any, pictures: Pictures) -> dict[str, Any]:
-    names: Sequence[str] = new.get("images") or [new.get("image")]
+def _overview(found: Comparison) -> dict[str, Any]:
+    sets = []
+    for name in results.SETS:
+        rows = [(row, row.generation.system["accuracy"][name]) for row in found.rows]
+        bars = [_bar(row, share) for row, share in rows if share["mean"] is not None]
+        if bars:
+            sets.append({"title": name.capitalize(), "bars": bars})
     return {
-        "id": new["id"],
-        "family": new.get("family") or "",
-        "question": new["question"],
-        "truth": new["truth"],
-        "pictures": [thumbnail(name, pictures) for name in names if name],
-        "sides": [old, new],
+        "verdict": found.verdict,
+        "sets": sets,
+        "table": side_by_side.table(found),
+        "note": side_by_side.NOTE,
+        "champion": found.champion,
     }
 
 
-def thumbnail(name: str, pictures: Pictures) -> str | None:
-    """The image as a data URI, at most PIXELS wide and high; None if it cannot be had or read."""
-    try:
-        picture = decode_image(pictures(name), name)
-    except (OSError, ImageError):
-        return None
-    picture.thumbnail((PIXELS, PIXELS))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _bar(row: side_by_side.Row, share: Mapping[str, Any]) -> dict[str, Any]:
+    ends = {end: round(100 * share[end], 2) for end in ("mean", "low", "high")}
+    kind = "bar" if row.generation.candidate or row.is_champion else "other"
+    return {"name": row.generation.title, "text": results.percent(share), "kind": kind, **ends}
+
+
+def _families(rows: Sequence[tuple[Any, Any]]) -> str:
+    """`sum row 12, order 5`: what kinds of question they are, most frequent first."""
+    counts = Counter(new.get("family") for _, new in rows if new.get("family"))
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.most_common(8))
+
+
+def _shown(old: Any, new: Any, source: Source) -> dict[str, Any]:
+    names: Sequence[str] = new.get("images") or [new.get("image")]
+    digits = source.boards.get(new["id"])
+    return {
+        "id": new["id"],
+        "family": (new.get("family") or "").replace("_", " "),
+        "question": new["question"],
+        "truth": new["truth"],
+        "pictures": [thumbnail(name, source.pictures) for name in names if name],
+        "sides": [_side(row, digits) for row in (old, new)],
+    }
+
+
+def _side(row: Any, digits: Sequence[Sequence[int]] | None) -> dict[str, Any]:
+    """An answer with its chain: steps, whether each holds, and the oracle's score, where they can be had."""
+    from models.reasoning import StepError, parse_thoughts
+
+    text, steps, facts = row.get("reasoning"), [], []
+    with suppress(StepError):  # it is shown as it is
+        steps = parse_thoughts(text) if text else []
+    holds: Sequence[bool | None] = [None] * len(steps)
+    if row.get("reasoning_right") is not None:
+        facts.append(f"reasoned {'right' if row['reasoning_right'] else 'wrong'}")
+    if steps and digits:
+        import numpy as np
+
+        from models.boards.oracle import assess_path
+
+        verdict = assess_path(steps, bool(row.get("reasoning_right")), np.array(digits), row["question"])
+        holds = verdict.steps
+        facts.append(f"score {verdict.score}")
+    if row.get("reasoning_tokens"):
+        facts.append(f"{row['reasoning_tokens']} tokens")
+    if row.get("failure"):
+        facts.append(str(row["failure"]))
+    return {
+        "right": row["right"],
+        "answer": row["answer"],
+        "facts": ", ".join(facts),
+        "text": text,
+        "steps": [
+            {"title": step.title, "content": step.content, "holds": own}
+            for step, own in zip(steps, holds, strict=True)
+        ],
+    }

@@ -2,8 +2,9 @@
 
     python -m tasks.report
 
-Writes artifacts/report/report.md, report.html (self-contained) and figures/*.png, and keeps all with the
-MLflow run. Nothing in them depends on the day, the machine or a run id: equal results give equal bytes.
+Writes artifacts/report/report.md, report.html (self-contained), figures/*.png and flips.html (the questions
+that the rounds turned right or wrong, with image and chains), and keeps all with the MLflow run. Nothing in
+them depends on the day, the machine or a run id: equal results give equal bytes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 
 from models import results
 from models.records import read_jsonl
-from tasks import figures, params
+from tasks import figures, flips, params
 from tasks.stage import data_version, open_stage
 
 DATA, ROUNDS, OUT = Path("data"), Path("artifacts/rounds"), Path("artifacts/report")
+EVALUATE, FLIPS = Path("artifacts/evaluate"), "flips.html"
 COMPARISON, DECISION = Path("artifacts/compare/comparison.json"), Path("artifacts/promote/decision.json")
 AGREEMENTS = {
     "judge, held out": Path("artifacts/judge/metrics.json"),
@@ -59,8 +61,10 @@ def run(
     profile: str,
     seed: int,
     judge: str,
+    flipped: str = "",
 ) -> None:
-    """Draw and write the report into `out`. `examples` come from `pick_examples`."""
+    """Draw and write the report into `out`. `examples` come from `pick_examples`, `flipped` from
+    `write_flips`."""
     folder = out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     best = decision["candidate"]
@@ -86,6 +90,7 @@ def run(
         "profile": profile,
         "seed": seed,
         "judge": judge,
+        "flipped": flipped,
     }
     for name in ("report.md", "report.html"):
         (out / name).write_text(_render(f"{name}.j2", values), encoding="utf-8")
@@ -129,6 +134,20 @@ def pick_examples(
         turns.append(seen[family])
     in_turn = sorted(range(len(found)), key=lambda place: (turns[place], place))[:count]
     return [_example(questions[name], best, worst) for _, name, best, worst in (found[i] for i in in_turn)]
+
+
+def write_flips(comparison: Mapping[str, Any], best: str, out: Path) -> str:
+    """Write the page of the questions that flipped between the agents before any round (base, if none was
+    better) and the best generation; returns a sentence about it, empty if there is nothing to compare."""
+    order = comparison["order"]
+    if best not in order[1:]:
+        return ""
+    before = order[1] if best in order[2:] else order[0]
+    rows = {name: list(read_jsonl(EVALUATE / name / "predictions.jsonl")) for name in (before, best)}
+    found = flips.flips(rows[before], rows[best])
+    titles = figures.title(before), figures.title(best)
+    (out / FLIPS).write_text(flips.page(found, *titles, flips.source_of(DATA)), encoding="utf-8")
+    return f"{titles[0]} → {titles[1]}: {len(found.won):,} test questions won, {len(found.lost):,} lost."
 
 
 def _extremes(paths: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -321,6 +340,7 @@ def main() -> None:
     comparison, decision = _json(COMPARISON), _json(DECISION)
     scores = [ROUNDS / name / "score" for name in comparison["rounds"]]
     inputs = [DATA, COMPARISON.parent, DECISION.parent, *scores, *filter(Path.exists, AGREEMENTS.values())]
+    inputs += [EVALUATE / name for name in comparison["order"]]
     with open_stage("report", params=settings, inputs=inputs, out=OUT) as stage:
         questions = {row["id"]: row for row in read_jsonl(DATA / "records.jsonl")}
         paths = list(read_jsonl(scores[-1] / "paths.jsonl")) if scores else []
@@ -334,9 +354,12 @@ def main() -> None:
             profile=profile,
             seed=params.seed(),
             judge=str(params.read().get("judge", {}).get("kind", "model")),
+            flipped=write_flips(comparison, decision["candidate"], stage.out),
         )
         stage.artifact(stage.out / "report.html")
         stage.artifact(stage.out / "report.md")
+        if (stage.out / FLIPS).exists():
+            stage.artifact(stage.out / FLIPS)
         stage.artifact(stage.out / "figures", under="figures")
     print(f"{OUT / 'report.html'}\n\n{headline(comparison, decision['candidate'])}\n{decision['reason']}")
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Runs = Annotated[list[str] | None, typer.Argument(help="Tags or ids of runs, git revisions, `latest`.")]
 Rounds = Annotated[bool, typer.Option("--rounds", help="Every round of each run.")]
 Markdown = Annotated[str | None, typer.Option("--markdown", help="A file for a pull request; - prints it.")]
-Html = Annotated[Path | None, typer.Option("--html", help="Write the page of questions that flipped here.")]
+Html = Annotated[
+    Path | None, typer.Option("--html", help="Write a page here: the table, and the questions that flipped.")
+]
 Between = Annotated[
     tuple[str, str] | None, typer.Option("--between", help="The two generations of the page, as `r1 r3`.")
 ]
@@ -73,39 +75,44 @@ def compare(
 def _show(found: Comparison) -> None:
     """A table a person reads: a generation a column, since there are more figures than generations."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    from tasks.side_by_side import HEAD, cells
+    from tasks.side_by_side import table
 
-    columns = [cells(row) for row in found.rows]
-    table = Table("", *(column[0] for column in columns), box=None, pad_edge=False)
-    for at, name in enumerate(HEAD[1:], start=1):
-        if any(column[at] for column in columns):
-            table.add_row(name, *(column[at] for column in columns))
+    head, *rows = table(found)
+    shown = Table(*map(escape, head), box=None, pad_edge=False)
+    for row in rows:
+        shown.add_row(*map(escape, row))
     console = Console()
-    console.print(table)
+    console.print(shown)
     console.print(f"\n{found.verdict}")
     if found.champion:
         console.print(f"champion: {found.champion}")
 
 
 def _write_page(found: Comparison, path: Path, between: tuple[str, str] | None) -> None:
+    from flows import pictures
     from flows.compare import CompareError
     from flows.environment import root
-    from tasks import flips
+    from tasks import flips, side_by_side
 
     every = [row.generation for row in found.rows]
     if between:
         before, after = (_named(every, name) for name in between)
-    elif len(every) > 1:
-        before, after = every[-2], every[-1]
     else:
-        raise CompareError("one generation alone has no questions that flipped: name two runs, or --rounds")
+        pair = side_by_side.flipped(found.rows)
+        if pair is None:
+            raise CompareError(
+                "there are no two generations with answers: name two runs, `--rounds`, or `dvc pull`"
+            )
+        before, after = pair
     for generation in (before, after):
         if not generation.rows:
             raise CompareError(f"the answers of {generation.title} are not to be had: `dvc pull`")
     changed = flips.flips(before.rows, after.rows)
-    page = flips.page(changed, before.title, after.title, flips.pictures_of(root() / "data"))
+    with pictures.source(root(), after.data) as source:
+        page = flips.page(changed, before.title, after.title, source, found)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     typer.echo(f"{len(changed.won)} won, {len(changed.lost)} lost: {path}", err=True)

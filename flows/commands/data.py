@@ -141,6 +141,9 @@ def diff(
     before: Annotated[str, typer.Argument(help="A version: md5 or its beginning, a run, a git revision.")],
     after: Annotated[str | None, typer.Argument(help="Another one; what is in use if left out.")] = None,
     as_json: Json = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with figures and pictures here.")
+    ] = None,
 ) -> None:
     """What is different between two versions of the data: records by id, answers, lengths, examples.
 
@@ -151,14 +154,20 @@ def diff(
         longview data diff 77562a
 
         longview data diff run/20261101-1a2b3c4d run/20261123-5e6f7a8b --json
+
+        longview data diff 77562a --html diff.html
     """
-    from flows import data_versions
+    from flows import data_page, data_versions
     from flows.environment import root
 
     base = root()
     try:
         one, other = data_versions.find(base, before), data_versions.find(base, after)
         found = data_versions.diff(base, one, other)
+        if html:
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(data_page.page(base, found), encoding="utf-8")
+            typer.echo(f"written: {html}", err=True)
     except data_versions.DataVersionError as error:
         _stop(error)
     if as_json:

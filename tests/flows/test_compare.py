@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -14,7 +15,8 @@ from click.testing import Result
 from flows import compare, versions
 from flows.versions import Facts
 from tasks import compare as stage
-from tasks import flips
+from tasks import flips, side_by_side
+from tasks.side_by_side import WORKSPACE, Champion, Generation
 from tests.support.results_data import predictions
 
 DVC_YAML = """
@@ -23,7 +25,7 @@ stages:
     foreach: [base, r1]
     do:
       cmd: cp -r made/${item} artifacts/evaluate/${item}
-      deps: ["made/${item}"]
+      deps: ["made/${item}", "artifacts/rounds/${item}/checkpoint", artifacts/summary_sft/checkpoint]
       outs: ["artifacts/evaluate/${item}"]
 """
 ROUND = {"reward": {"mean": 53.3, "margin_mean": 99.0}, "pairs": {"kept": 291, "dropped": {"all_right": 158}}}
@@ -39,6 +41,10 @@ def make_run(project: Path, accuracies: dict[str, float], ids: str = "") -> vers
         folder = project / "made" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+        for place in (f"rounds/{name}", "summary_sft"):
+            checkpoint = project / "artifacts" / place / "checkpoint"
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            (checkpoint / "weights").write_text(f"{place} {accuracies[name] if name in place else ''}")
     call(project, sys.executable, "-m", "dvc", "repro", "-q")
     call(project, sys.executable, "-m", "dvc", "push", "-q")
     found = stage.run(rows, {"r1": ROUND}, resamples=200, seed=0)
@@ -85,8 +91,13 @@ def test_generations_of_the_checkout_with_paired_differences(project: Path) -> N
     assert found["rows"][1]["previous"]["mean"] == pytest.approx(0.1) and found["rows"][1]["policy"] == "base"
     said = longview().output
     assert "against the one before" in said and "all_right 158" in said and "53.3" in said
+    assert "r1 (candidate)" in said
     text = longview("--markdown", "-").output
-    assert text.startswith("**r1: 60.0") and "| base | 50.0" in text and "points against base" in text
+    assert text.startswith("**r1: 60.0") and "points against base" in text
+    assert "|  | base | r1 (candidate) |\n" in text and "| reasoning, % | 50.0 (" in text
+    md5s = [next(iter(row["checkpoints"].values())) for row in found["rows"]]
+    assert len(set(md5s)) == 2 and found["rows"][1]["policy_md5"] == md5s[0]
+    assert f"| checkpoint | {md5s[0][:8]} | {md5s[1][:8]} |" in text and f"base {md5s[0][:8]}" in text
 
 
 def test_runs_are_read_from_the_cache_or_the_remote_and_paired_where_questions_are_the_same(
@@ -113,5 +124,44 @@ def test_the_page_shows_what_flipped_and_escapes_what_models_write(project: Path
     assert "2 generations of that name" not in said.output
     assert "0 generations of that name" in longview("--html", str(page), "--between", "base", "r9").output
     old, new = ({**predictions(1.0)[0], "right": right, "reasoning": "<script>"} for right in (True, False))
-    text = flips.page(flips.flips([old], [new]), "r1", "r2", lambda name: b"")
+    text = flips.page(flips.flips([old], [new]), "r1", "r2", flips.Source(lambda name: b""))
     assert "&lt;script&gt;" in text and "<script>" not in text and "right → wrong: 1" in text
+
+
+def test_the_champion_is_marked_and_the_verdict_is_of_the_candidate() -> None:
+    def generation(name: str, share: float, **values: Any) -> Generation:
+        rows = predictions(share)
+        found = stage.run({name: rows}, {}, resamples=100, seed=0)["systems"][name]
+        return Generation(WORKSPACE, name, "ab12.dir", found, {}, None, rows=rows, **values)
+
+    found = [
+        generation("base", 0.5),
+        generation("r1", 0.6, checkpoints={"a": "1", "summary": "9"}),
+        generation("r2", 0.7, checkpoints={"b": "2", "summary": "9"}, candidate=True),
+        generation("r3", 0.6, checkpoints={"c": "3", "summary": "9"}),
+    ]
+    rows = side_by_side.lines(found, Champion("version 1 (r1)", predictions(0.6), frozenset(("1", "9"))))
+    assert [row.is_champion for row in rows] == [False, True, False, False]
+    said = side_by_side.verdict(rows)
+    assert said.startswith("r2: 70.0") and "+20.0" in said and "against base; +10.0" in said
+    assert "against the champion" in said
+    alone = side_by_side.verdict(side_by_side.lines(found[:2], None))
+    assert alone.startswith("r1: 60.0") and "champion" not in alone
+
+
+def test_the_p_of_a_column_are_those_of_as_many_tests() -> None:
+    """Holm 1979: sorted, times the number of tests that are left, and never falling."""
+    found = side_by_side.adjusted([None, {"p": 0.01}, {"p": 0.04}, {"p": 0.03}, {"p": 0.005}])
+    assert [test and round(test["p_holm"], 6) for test in found] == [None, 0.03, 0.06, 0.06, 0.02]
+
+
+def test_the_flow_leaves_the_table_in_prefect(project: Path, prefect_server: str) -> None:
+    from prefect.artifacts import Artifact
+
+    make_run(project, {"base": 0.5, "r1": 0.6})
+    compare.compare()
+    found = Artifact.get("generations")
+    assert found and found.description and found.description.startswith("r1: 60.0")
+    rows = json.loads(str(found.data))
+    assert [row["generation"] for row in rows] == ["base", "r1 (candidate)"]
+    assert list(rows[0]) == list(side_by_side.HEAD) and rows[1]["dropped"] == "all_right 158"

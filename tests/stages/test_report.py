@@ -74,6 +74,9 @@ def test_the_report_is_complete_self_contained_and_the_same_every_time(finished)
         assert f"(figures/{file})" in text
     assert "base answers 40.0% and round 2 68.0%" in text and "r2 passes the gate" in text
     assert "&lt;b&gt;bottom" in html and "<b>bottom" not in html
+    flips = Path("artifacts/report/flips.html").read_text()
+    assert "Multi-agent → Round 2: 40 test questions won, 0 lost" in text and 'href="flips.html"' in html
+    assert flips.count("<article>") == 40 and "http" not in flips
     first = fingerprint("artifacts/report", cache=False)
     report.main()
     assert fingerprint("artifacts/report", cache=False) == first

@@ -36,6 +36,7 @@ EXEMPT = {
 }
 DATA_FOLDERS = ("models/prompts",)  # packages whose other files are read at run time: the folder is the dep
 READ = {  # other files that a module reads or runs
+    "tasks/pages.py": ["tasks/templates"],
     "tasks/report.py": ["tasks/templates"],
     "models/engines/vllm.py": ["models/engines/vllm_worker.py"],
 }
