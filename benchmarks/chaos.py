@@ -90,9 +90,11 @@ decision = {"decision": "promote", "candidate": name, "candidate_agents": agents
             "opponent": "champion" if over else "base", "opponent_agents": over, "reasoning": gain,
             "perception": gain, "reason": "r2 gains"}
 write("artifacts/promote/decision.json", json.dumps(decision))
-systems = {name: {"accuracy": {"reasoning": share, "perception": share}}}
-write("artifacts/compare/comparison.json", json.dumps({"order": ["base", name], "systems": systems}))
-write(f"artifacts/evaluate/{name}/predictions.jsonl", '{"id": "1"}\\n')
+systems = {name: {"accuracy": dict.fromkeys(("reasoning", "perception", "validation"), share)}}
+comparison = {"order": [name], "systems": systems, "rounds": {}}
+write("artifacts/compare/comparison.json", json.dumps(comparison))
+answer = {"id": "1", "split": "test", "set": "reasoning", "question": "?", "truth": "1", "answer": "1"}
+write(f"artifacts/evaluate/{name}/predictions.jsonl", json.dumps({**answer, "right": True}) + "\\n")
 inputs = {"artifacts/rounds/r2/dpo/checkpoint": agents["reasoning"],
           "artifacts/summary_sft/checkpoint": agents["summary"]}
 write(f"artifacts/evaluate/{name}/manifest.json", json.dumps({"inputs": inputs}))
