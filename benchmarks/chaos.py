@@ -259,11 +259,9 @@ def rampage(folder: Path, services: Mapping[str, Service], kills: int, seed: int
         last = sum(found.kills.values()) >= kills
         one_run(folder, services, found, draw, 0 if last else kills)
         look(folder, services, found)
-        print(
-            f"run {found.runs}: {sum(found.kills.values())} kills, {found.starts} starts, "
-            f"{sum(map(len, found.trouble.values()))} troubles",
-            flush=True,
-        )
+        print(f"run {found.runs}: {sum(found.kills.values())} kills, {found.starts} starts", flush=True)
+        for text in (line for lines in found.trouble.values() for line in lines):
+            print(f"trouble so far: {text}", flush=True)
         if last:
             return found
 
@@ -330,6 +328,8 @@ def harass(
             if kill(name, flow, services):
                 victim = name
                 found.kills[name] += 1
+                if name == "flow":
+                    return name
                 if name in services:
                     back[name] = time.monotonic() + draw.uniform(*AWAY_S)
             next_kill = time.monotonic() + draw.uniform(*PAUSE_S)
@@ -450,8 +450,6 @@ def main() -> int:
         folder = Path(home) / "project"
         with project(folder) as services:
             found = rampage(folder, services, args.kills, args.seed)
-            for text in (line for lines in found.trouble.values() for line in lines):
-                print(f"trouble: {text}", file=sys.stderr)
             if any(found.trouble.values()):
                 log = (folder / "control/longview.log").read_text(encoding="utf-8", errors="replace")
                 (ROOT / ".work/chaos.log").write_text(log)

@@ -119,7 +119,7 @@ def main() -> None:
     supervisor = supervise.Supervisor(parent)
     _warm_up()
     lock_file.install()
-    with suppress(EOFError):
+    with suppress(EOFError, BrokenPipeError):  # the flow is gone
         while True:
             words, environment = pipe.recv()
             output = recv_handle(pipe)
