@@ -54,6 +54,7 @@ def up() -> None:
         if server.name in started:
             _await(server, started[server.name], base)
         typer.echo(f"{server.name:8} {server_url(server.name, base)}")
+    typer.echo(f"for Prefect's own commands: export PREFECT_API_URL={server_url(PREFECT.name, base)}/api")
 
 
 def down() -> None:
