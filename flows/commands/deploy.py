@@ -7,6 +7,7 @@ longview worker
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from enum import StrEnum
 from typing import Annotated, NoReturn
@@ -91,35 +92,34 @@ def deploy(
 
 
 def worker(
-    name: Annotated[str | None, typer.Option("--name", help="The worker's name in Prefect.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The worker's name in Prefect; this machine's if left out.")
+    ] = None,
 ) -> None:
     """Start a worker: until it is stopped, it runs here what is scheduled, triggered or asked for.
+
+    Runs that died with the worker before are closed first. A run outlives its worker: its log is in Prefect,
+    and those of its stages in .work/logs.
 
     Example:
 
         longview worker
     """
     from flows import deploy as deployments
+    from flows import lost_runs
     from flows.environment import root
     from flows.registration import POOL, DeployError
 
+    called = name or socket.gethostname()
     try:
         deployments.server()
     except DeployError as error:
         _stop(error)
+    for run in lost_runs.close(called, typer.echo):
+        typer.echo(f"run {run}: Crashed; it had died with the worker before")
     os.chdir(root())
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "worker",
-        "start",
-        "--pool",
-        POOL,
-        "--type",
-        "process",
-    ]
-    os.execv(sys.executable, [*command, *(["--name", name] if name else [])])
+    start = ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", called]
+    os.execv(sys.executable, [sys.executable, *start])
 
 
 def _stop(error: Exception) -> NoReturn:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -379,30 +381,80 @@ def test_a_stage_takes_the_devices_that_it_may_see(visible: str, seen: list[str]
     assert devices.seen(devices.names(2), {"CUDA_VISIBLE_DEVICES": visible}) == seen
 
 
-def test_a_worker_runs_what_is_asked_for(deployed: Path, prefect_server: str) -> None:
-    from prefect.deployments import run_deployment
-
-    deploy(deployed)
-    environment = {**flow_environment(deployed), "PREFECT_API_URL": prefect_server}
-    log = deployed / "control/worker.log"
-    with log.open("wb") as output:
+@contextmanager
+def worker_of(root: Path, prefect_server: str) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """`longview worker`, and its output; ended with the block."""
+    log = root / "control/worker.log"
+    with log.open("ab") as output:
+        environment = {**flow_environment(root), "PREFECT_API_URL": prefect_server}
         worker = subprocess.Popen(
             [sys.executable, "-m", "flows.cli", "worker"],
-            cwd=deployed,
+            cwd=root,
             env={**environment, "PREFECT_WORKER_QUERY_SECONDS": "1"},
             stdout=output,
             stderr=output,
         )
     try:
+        yield worker, log
+    finally:
+        worker.terminate()
+        worker.wait(30)
+
+
+def test_a_worker_runs_what_is_asked_for(deployed: Path, prefect_server: str) -> None:
+    from prefect.deployments import run_deployment
+
+    deploy(deployed)
+    with worker_of(deployed, prefect_server) as (_, log):
         done = run_deployment("retrain/retrain", parameters={"until": "first"}, timeout=60, poll_interval=0.5)
         # A run is completed before its process ends. Told to stop in between, Prefect's worker (3.7.7) waits
         # for ever for its own observer of cancelled runs, and only a second signal ends it.
         wait_for(lambda: "exited cleanly" in log.read_text())
-    finally:
-        worker.terminate()
-        worker.wait(30)
     assert done.state and done.state.is_completed(), log.read_text()
     assert executed(deployed) == ["first"]
+
+
+def test_a_run_outlives_its_worker(deployed: Path, prefect_server: str) -> None:
+    from prefect.deployments import run_deployment
+
+    from flows import lost_runs
+
+    deploy(deployed)
+    (deployed / "control/first.hang").touch()
+    with worker_of(deployed, prefect_server) as (worker, _):
+        run_deployment("retrain/retrain", parameters={"until": "dpo@r1"}, timeout=0)
+        wait_for(lambda: executed(deployed))
+        worker.kill()
+    assert lost_runs.close(socket.gethostname(), print) == [], "its process is there"
+    (deployed / "control/first.hang").unlink()
+    wait_for(lambda: runs("retrain")[0].state.is_final(), timeout_s=60)
+    assert runs("retrain")[0].state.is_completed() and executed(deployed) == ["first", "dpo@r1"]
+
+
+def test_runs_that_died_with_their_worker_are_closed_and_hold_nobody_up(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Pending
+
+    from flows import lost_runs
+
+    deploy(deployed)
+    monkeypatch.setattr(lost_runs, "STARTING_S", 1.0)
+    said: list[str] = []
+    with get_client(sync_client=True) as client:
+        lost = client.create_flow_run_from_deployment(read("retrain").id)
+        assert client.set_flow_run_state(lost.id, Pending()).state.is_pending(), "as a worker takes it"
+        behind = client.create_flow_run_from_deployment(read("retrain").id)
+        assert client.set_flow_run_state(behind.id, Pending()).state.name == "AwaitingConcurrencySlot"
+        for worker in client.read_workers_for_work_pool("longview"):  # of the tests before
+            place = {"work_pool_name": "longview", "name": worker.name}
+            client.request("DELETE", "/work_pools/{work_pool_name}/workers/{name}", path_params=place)
+        client.send_worker_heartbeat("longview", "elsewhere", heartbeat_interval_seconds=30)
+        assert lost_runs.close("host", said.append) == [], "it may be that one's"
+        assert lost_runs.close("elsewhere", said.append) == [lost.name] and "waiting" in said[0]
+        assert client.read_flow_run(lost.id).state.is_crashed()
+        assert client.set_flow_run_state(behind.id, Pending()).state.is_pending(), "its place is free"
 
 
 @pytest.mark.parametrize(
