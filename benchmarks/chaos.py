@@ -3,12 +3,13 @@
     python -m benchmarks.chaos [--kills 50] [--seed 0] [--save]
 
 A small project: stages that take a second (tasks/stage.py's open_stage, with real records in MLflow), two
-rounds, a decision, a git repository, a DVC remote; a Prefect server and an MLflow server of its own. Each run
-begins with new data. While it goes on, one process after the other is killed, drawn at random: the flow, the
-stage, the process that DVC is in, the Prefect server, the MLflow server. A server comes back after a few
-seconds, as under systemd; a run that ended badly is started again, as the next schedule would, by
-`longview run` or `longview run --resume`. After each run that ends well, and in the end, everything is looked
-at: Prefect's states, the stages that came to their end, the registry, `dvc status`.
+rounds, a decision, a git repository, a DVC remote; a Prefect server, an MLflow server and a worker of its
+own, and what `longview deploy` registers. For each run there is new data, and a flow run that is due at once,
+as a schedule makes it; the worker takes it. While it goes on, one process after the other is killed, drawn at
+random: flow, stage, the process that DVC is in, worker, Prefect server, MLflow server. The last three come
+back after a few seconds, as under systemd; after a run that ended badly the next one is due. After each run
+that ends well everything is looked at: Prefect's states, the stages that came to their end, the registry,
+`dvc status`.
 
 Stages note their end themselves, after they have published. One that ends twice on the same inputs was done
 twice. Killed before its end, a stage is begun again: in a real one, checkpoint and journal continue it.
@@ -20,7 +21,7 @@ import argparse
 import json
 import os
 import random
-import signal
+import shutil
 import socket
 import subprocess
 import sys
@@ -33,22 +34,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 
 from benchmarks import results
 from benchmarks.results import ROOT, Row, Table
-from flows import pipeline
-from flows.commands.servers import MLFLOW, PREFECT, Server, command
+from flows import interruption, pipeline, retrain
+from flows.commands.servers import MLFLOW, PREFECT, command
 
 FOREIGN = ("LONGVIEW_", "PREFECT_", "MLFLOW_", "DVC_")
 """Settings of this checkout, not of the project."""
-VICTIMS = ("flow", "stage", "dvc", "prefect", "mlflow")
+VICTIMS = ("flow", "stage", "dvc", "worker", "prefect", "mlflow")
 PAUSE_S, AWAY_S = (0.5, 10.0), (0.5, 5.0)
-"""Between two kills, and before a server comes back."""
-ATTEMPTS, RUN_S, SERVER_S = 40, 600, 120
-"""The most starts of one run, the longest a start may take, and a server to answer."""
-FAILED_CLEARLY = 1
-"""Exit status of a run that says what is wrong and what to do. Any other, without a kill, is none."""
+"""Between two kills, and before a server or the worker comes back."""
+STARTS, RUN_S, SERVER_S = 40, 900, 120
+"""The most starts of one run, the longest one may take, and a server to answer."""
+WELL, BADLY = {"COMPLETED"}, {"FAILED", "CRASHED", "CANCELLED"}
+CLEARLY = tuple(error.__name__ for error in (*retrain.EXPECTED, interruption.Interrupted))
+"""Errors that say what is wrong and what to do; Prefect's message of a failed run begins with the name."""
 STAGE = """
 import hashlib, json, os, sys, time
 from pathlib import Path
@@ -131,56 +134,73 @@ def free_port() -> int:
 
 @dataclass
 class Service:
-    """A server on a port of its own, started again on it after a kill."""
+    """A server on a port of its own, or the worker; started again after a kill."""
 
-    server: Server
+    name: str
     folder: Path
-    port: int = field(default_factory=free_port)
+    words: list[str]
+    url: str = ""
+    health: str = ""
+    others: list[Service] = field(default_factory=list)
+    """Servers that it uses."""
     process: subprocess.Popen[bytes] | None = None
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     def start(self) -> None:
-        with (self.folder / f"control/{self.server.name}.log").open("ab") as log:
+        with (self.folder / f"control/{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                command(self.server, self.port, self.folder),
+                self.words,
                 cwd=self.folder,
-                env=environment(self.folder),
+                env=environment(self.folder, self.others),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
 
-    def answers(self) -> bool:
-        import httpx
-
-        with suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}{self.server.health}", timeout=2).is_success
-        return False
-
     def await_answer(self) -> None:
         deadline = time.monotonic() + SERVER_S
-        while not self.answers():
+        while self.url and not asked(f"{self.url}{self.health}"):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{self.server.name} does not come up: {self.folder}/control has its log")
+                raise RuntimeError(f"{self.name} does not come up: {self.folder}/control has its log")
             time.sleep(0.2)
 
     def kill(self) -> bool:
-        """SIGKILL to all its processes."""
+        """SIGKILL to it and, of a server, to its processes; a run outlives its worker."""
         if self.process is None or self.process.poll() is not None:
             return False
-        os.killpg(self.process.pid, signal.SIGKILL)
+        whole = [psutil.Process(self.process.pid)]
+        whole += whole[0].children(recursive=True) if self.url else []
+        for process in whole:
+            with suppress(psutil.Error):
+                process.kill()
         self.process.wait()
         return True
+
+
+def services_of(folder: Path) -> dict[str, Service]:
+    """The two servers, and the worker, which needs them."""
+    found = {}
+    for server in (PREFECT, MLFLOW):
+        port = free_port()
+        words, url = command(server, port, folder), f"http://127.0.0.1:{port}"
+        found[server.name] = Service(server.name, folder, words, url, server.health)
+    words = [sys.executable, "-m", "flows.cli", "worker"]
+    return {**found, "worker": Service("worker", folder, words, others=list(found.values()))}
+
+
+def asked(url: str, **body: Any) -> Any:
+    """What Prefect or MLflow answers, None while it does not."""
+    with suppress(httpx.HTTPError, ValueError):
+        answer = httpx.post(url, json=body, timeout=10) if body else httpx.get(url, timeout=10)
+        if answer.is_success:
+            return answer.json() if "json" in answer.headers.get("content-type", "") else answer.text
+    return None
 
 
 def environment(folder: Path, services: Sequence[Service] = ()) -> dict[str, str]:
     """This checkout's code on that project and those servers."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    urls = {s.server.name: s.url for s in services}
+    urls = {service.name: service.url for service in services}
     servers = (
         {"PREFECT_API_URL": f"{urls['prefect']}/api", "MLFLOW_TRACKING_URI": urls["mlflow"]} if urls else {}
     )
@@ -190,6 +210,7 @@ def environment(folder: Path, services: Sequence[Service] = ()) -> dict[str, str
         "PYTHONPATH": str(ROOT),
         "LONGVIEW_ROOT": str(folder),
         "PREFECT_HOME": str(folder / ".work/prefect"),
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
@@ -200,6 +221,8 @@ def make(folder: Path) -> None:
 
     for name in ("control", "profiles", "data", ".work"):
         (folder / name).mkdir(parents=True)
+    shutil.copy(ROOT / "prefect.yaml", folder)
+    shutil.copytree(ROOT / "deploy", folder / "deploy")
     (folder / "stage.py").write_text(STAGE)
     (folder / "decide.py").write_text(DECIDE)
     (folder / "dvc.yaml").write_text(DVC_YAML)
@@ -223,18 +246,24 @@ def make(folder: Path) -> None:
 
 @contextmanager
 def project(folder: Path) -> Iterator[dict[str, Service]]:
-    """The project and its servers; nothing of them is left behind."""
+    """The project, its servers, its deployments and its worker; nothing of them is left behind."""
     make(folder)
-    services = {server.name: Service(server, folder) for server in (PREFECT, MLFLOW)}
+    services = services_of(folder)
     try:
         for service in services.values():
             service.start()
-        for service in services.values():
             service.await_answer()
+            if service.name == MLFLOW.name:  # both are there; data-watch stays out of the way
+                words = [sys.executable, "-m", "flows.cli", "deploy", "--gpus", "1", "--watch", "86400"]
+                run = environment(folder, list(services.values())[:2])
+                subprocess.run(words, cwd=folder, env=run, check=True)
         yield services
     finally:
+        flow = flow_process(folder)
         for service in services.values():
             service.kill()
+        if flow:
+            flow.kill()
 
 
 @dataclass
@@ -277,76 +306,96 @@ def new_data(folder: Path, number: int) -> None:
 def one_run(
     folder: Path, services: Mapping[str, Service], found: Found, draw: random.Random, kills: int
 ) -> None:
-    """Start it until it ends well, killing meanwhile."""
+    """Runs that are due, until one ends well, killing meanwhile."""
     back: dict[str, float] = {}
-    for attempt in range(ATTEMPTS):
+    for _ in range(STARTS):
         found.starts += 1
-        words = ["run", "--resume"] if attempt and draw.random() < 0.5 else ["run"]
-        with (folder / "control/longview.log").open("ab") as log:
-            log.write(f"--- start {found.starts}: {' '.join(words)}\n".encode())
-            log.flush()
-            flow = subprocess.Popen(
-                [sys.executable, "-m", "flows.cli", *words],
-                cwd=folder,
-                env=environment(folder, list(services.values())),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-            )
-        victim = harass(flow, services, found, draw, kills, back)
-        status = flow.wait()
-        if status == 0:
-            return_servers(services, back, at_once=True)
+        flow_run = due(services)
+        killed = harass(folder, services, found, draw, kills, back, flow_run)
+        return_services(services, back, at_once=True)
+        state = state_of(services, flow_run)
+        if state.get("type") in WELL:
             return
-        if victim != "flow" and status == FAILED_CLEARLY:
+        if killed:
+            continue
+        if any(name in (state["message"] or "") for name in CLEARLY):
             found.failed_clearly += 1
-        elif victim != "flow":
-            found.trouble["end"].append(f"start {found.starts}: exit status {status}")
-        return_servers(services, back, at_once=True)
-    found.trouble["end"].append(f"run {found.runs} did not end well in {ATTEMPTS} starts")
+        else:
+            found.trouble["end"].append(f"start {found.starts}: {state['type']}: {state['message']}")
+    found.trouble["end"].append(f"run {found.runs} did not end well in {STARTS} starts")
+
+
+def due(services: Mapping[str, Service]) -> str:
+    """A run of the deployment, due now; its id."""
+    api = f"{services['prefect'].url}/api"
+    deployment = asked(f"{api}/deployments/name/retrain/retrain")
+    url = f"{api}/deployments/{deployment['id']}/create_flow_run"
+    return str(asked(url, state={"type": "SCHEDULED"})["id"])
+
+
+def state_of(services: Mapping[str, Service], flow_run: str) -> dict[str, Any]:
+    """Prefect's state of a run; empty while the server is away."""
+    return (asked(f"{services['prefect'].url}/api/flow_runs/{flow_run}") or {}).get("state") or {}
 
 
 def harass(
-    flow: subprocess.Popen[bytes],
+    folder: Path,
     services: Mapping[str, Service],
     found: Found,
     draw: random.Random,
     kills: int,
     back: dict[str, float],
-) -> str:
-    """Kill at random while the run goes on; the last victim."""
-    victim, next_kill = "", time.monotonic() + draw.uniform(*PAUSE_S)
-    deadline = time.monotonic() + RUN_S
-    while flow.poll() is None:
-        return_servers(services, back)
-        if time.monotonic() > deadline:
+    flow_run: str,
+) -> bool:
+    """Kill at random while the run goes on; whether its flow was among the victims."""
+    began = time.monotonic()
+    next_kill, next_look, state = began + draw.uniform(*PAUSE_S), began, ""
+    while True:
+        return_services(services, back)
+        now = time.monotonic()
+        if now > next_look:
+            state = state_of(services, flow_run).get("type") or state
+            if state in WELL | BADLY:
+                return False
+            next_look = now + 0.5
+        if now > began + RUN_S:
             found.trouble["end"].append(f"start {found.starts}: still going after {RUN_S} s")
-            flow.kill()
-            return "flow"
-        if sum(found.kills.values()) < kills and time.monotonic() > next_kill:
+            return True
+        flow = flow_process(folder)
+        taken = flow or state == "PENDING"
+        if taken and sum(found.kills.values()) < kills and now > next_kill:
             name = draw.choice(VICTIMS)
             if kill(name, flow, services):
-                victim = name
                 found.kills[name] += 1
                 if name == "flow":
-                    return name
+                    return True
                 if name in services:
                     back[name] = time.monotonic() + draw.uniform(*AWAY_S)
             next_kill = time.monotonic() + draw.uniform(*PAUSE_S)
         time.sleep(0.05)
-    return victim
 
 
-def kill(name: str, flow: subprocess.Popen[bytes], services: Mapping[str, Service]) -> bool:
+def flow_process(folder: Path) -> psutil.Process | None:
+    """The process that holds the checkout, as its lock names it."""
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int((folder / ".work/run.lock").read_text()))
+        if process.environ().get("LONGVIEW_ROOT") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
+
+
+def kill(name: str, flow: psutil.Process | None, services: Mapping[str, Service]) -> bool:
     """Whether there was such a process."""
     if name in services:
         return services[name].kill()
-    if name == "flow":
-        flow.kill()
-        return True
-    marks = {"stage": "stage.py", "dvc": "flows.dvc_server"}
+    if flow is None:
+        return False
     with suppress(psutil.Error):
-        for process in psutil.Process(flow.pid).children(recursive=True):
+        if name == "flow":
+            flow.kill()
+            return True
+        marks = {"stage": "stage.py", "dvc": "flows.dvc_server"}
+        for process in flow.children(recursive=True):
             with suppress(psutil.Error):
                 if marks[name] in process.cmdline()[1:3]:
                     process.kill()
@@ -354,8 +403,11 @@ def kill(name: str, flow: subprocess.Popen[bytes], services: Mapping[str, Servic
     return False
 
 
-def return_servers(services: Mapping[str, Service], back: dict[str, float], at_once: bool = False) -> None:
-    """Start those again whose time has come; `at_once` all, and wait until they answer."""
+def return_services(services: Mapping[str, Service], back: dict[str, float], at_once: bool = False) -> None:
+    """Start those again whose time has come, or that ended; `at_once` all, and wait for them."""
+    for name, service in services.items():
+        if name not in back and service.process and service.process.poll() is not None:
+            back[name] = time.monotonic() + AWAY_S[0]
     for name, when in list(back.items()):
         if at_once or time.monotonic() > when:
             services[name].start()
@@ -399,11 +451,9 @@ def registry_trouble(folder: Path, url: str) -> list[str]:
 
 def state_trouble(url: str) -> list[str]:
     """Flow runs that Prefect believes to be going on, though nothing does."""
-    import httpx
-
-    found = httpx.post(f"{url}/api/flow_runs/filter", json={"limit": 200}, timeout=30).json()
-    final = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-    return [f"{run['name']}: {run['state_type']}" for run in found if run["state_type"] not in final]
+    found = asked(f"{url}/api/flow_runs/filter", limit=200)
+    going = {"PENDING", "RUNNING", "CANCELLING", "PAUSED"}
+    return [f"{run['name']}: {run['state_name']}" for run in found if run["state_type"] in going]
 
 
 def judge(found: Found) -> tuple[list[Row], Table]:
@@ -451,9 +501,8 @@ def main() -> int:
         with project(folder) as services:
             found = rampage(folder, services, args.kills, args.seed)
             if any(found.trouble.values()):
-                log = (folder / "control/longview.log").read_text(encoding="utf-8", errors="replace")
-                (ROOT / ".work/chaos.log").write_text(log)
-                print("the runs' output: .work/chaos.log", file=sys.stderr)
+                shutil.copytree(folder / "control", ROOT / ".work/chaos", dirs_exist_ok=True)
+                print("what worker, runs and servers wrote: .work/chaos/", file=sys.stderr)
         rows, table = judge(found)
     return results.finish("chaos", rows, [results.row_table("chaos", rows), table], args.save)
 
