@@ -1,9 +1,10 @@
-"""Runs that Prefect shows as going on, though their process is gone: their worker died before it said so.
+"""Runs that Prefect shows as going on, though their process is gone: nobody was there to say so.
 
-    longview worker        # looks for them before it starts
+    longview worker        # looks for them as long as it lives
 
-A worker reports a run whose process ends. When both are killed, nobody does: the run would stay *Running*, or
-*Pending* if it had only been taken, and hold its place in the queue until Prefect's lease ends, five minutes.
+A worker reports the end of a process that it started itself. After it was killed, nobody does, even if it was
+started again: the run would stay *Running*, or *Pending* if it had only been taken, and hold its place in the
+queue until Prefect's lease ends, five minutes.
 """
 
 from __future__ import annotations
@@ -16,39 +17,53 @@ from typing import TYPE_CHECKING
 from flows.registration import POOL
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
 
 MARK = "PREFECT__FLOW_RUN_ID"
 """Prefect's variable in the environment of a run's process."""
-STARTING_S = 30.0
-"""A worker of this machine that lives has started the process of a run that it has taken by then."""
+LOOK_S = 20.0
+"""Seconds between two looks. A worker that lives starts the process of a run that it has taken well before,
+and reports its end well before."""
 
 
-def close(worker: str, say: Callable[[str], None]) -> list[str]:
-    """Set lost runs of this machine to *Crashed*; their names.
-
-    Nothing is done while a worker of another name serves the pool: the processes may be on its machine.
+def watch(worker: str, say: Callable[[str], None]) -> None:
+    """Set the runs to *Crashed* that two looks in a row found lost; for ever.
 
     Args:
         worker: The name of this machine's worker.
-        say: Told before a wait.
+        say: Told which, and once when Prefect does not answer.
+    """
+    before: set[UUID | None] = set()
+    quiet = False
+    while True:
+        try:
+            before, quiet = close(worker, say, before), False
+        except Exception as error:  # the worker goes on, whatever became of this look
+            if not quiet:
+                say(f"cannot look for lost runs, trying again: {type(error).__name__}: {error}")
+            quiet = True
+        time.sleep(LOOK_S)
+
+
+def close(worker: str, say: Callable[[str], None], before: set[UUID | None]) -> set[UUID | None]:
+    """Close the lost runs that were lost `before`; the states of those that are lost now, by id.
+
+    Nothing is done while a worker of another name serves the pool: the processes may be on its machine.
     """
     from prefect.client.orchestration import get_client
     from prefect.states import Crashed
 
     with get_client(sync_client=True) as client:
-        if others(client, worker) or not lost(client):
-            return []
-        youngest = min(age_s(run) for run in lost(client))
-        if youngest < STARTING_S:
-            say(f"a run was taken {youngest:.0f} s ago and has no process: waiting, in case it still starts")
-            time.sleep(STARTING_S - youngest)
-        closed = lost(client)
-        message = "its process and its worker died; the next run continues it"
-        for run in closed:
-            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-    return [run.name for run in closed]
+        found = [] if others(client, worker) else lost(client)
+        for run in found:
+            if run.state_id in before:
+                message = "its process died and no worker saw it; the next run continues it"
+                client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+                say(f"run {run.name}: Crashed; {message}")
+    return {run.state_id for run in found}
 
 
 def others(client: SyncPrefectClient, worker: str) -> list[str]:
@@ -80,10 +95,3 @@ def running() -> Iterable[str]:
         with suppress(psutil.Error, OSError):
             if "prefect.engine" in process.cmdline() and (mark := process.environ().get(MARK)):
                 yield mark
-
-
-def age_s(run: FlowRun) -> float:
-    """Seconds since the run came into its state; a run that goes on had a process, so it does not wait."""
-    if run.state is None or run.state.is_running():
-        return STARTING_S
-    return time.time() - run.state.timestamp.timestamp()

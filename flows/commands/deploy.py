@@ -7,8 +7,10 @@ longview worker
 from __future__ import annotations
 
 import os
+import runpy
 import socket
 import sys
+import threading
 from enum import StrEnum
 from typing import Annotated, NoReturn
 
@@ -98,8 +100,8 @@ def worker(
 ) -> None:
     """Start a worker: until it is stopped, it runs here what is scheduled, triggered or asked for.
 
-    Runs that died with the worker before are closed first. A run outlives its worker: its log is in Prefect,
-    and those of its stages in .work/logs.
+    A run outlives its worker: its log is in Prefect, and those of its stages in .work/logs. A run whose
+    process died while no worker looked on is closed, so that it does not hold up the queue.
 
     Example:
 
@@ -115,11 +117,10 @@ def worker(
         deployments.server()
     except DeployError as error:
         _stop(error)
-    for run in lost_runs.close(called, typer.echo):
-        typer.echo(f"run {run}: Crashed; it had died with the worker before")
     os.chdir(root())
-    start = ["-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", called]
-    os.execv(sys.executable, [sys.executable, *start])
+    threading.Thread(target=lost_runs.watch, args=(called, typer.echo), daemon=True).start()
+    sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", called]
+    runpy.run_module("prefect", run_name="__main__")
 
 
 def _stop(error: Exception) -> NoReturn:
