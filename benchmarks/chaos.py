@@ -39,7 +39,7 @@ import psutil
 
 from benchmarks import results
 from benchmarks.results import ROOT, Row, Table
-from flows import interruption, pipeline, retrain
+from flows import interruption, lost_runs, pipeline, retrain
 from flows.commands.servers import MLFLOW, PREFECT, command
 
 FOREIGN = ("LONGVIEW_", "PREFECT_", "MLFLOW_", "DVC_")
@@ -50,8 +50,9 @@ PAUSE_S, AWAY_S = (0.5, 10.0), (0.5, 5.0)
 STARTS, RUN_S, SERVER_S = 40, 900, 120
 """The most starts of one run, the longest one may take, and a server to answer."""
 WELL, BADLY = {"COMPLETED"}, {"FAILED", "CRASHED", "CANCELLED"}
-CLEARLY = tuple(error.__name__ for error in (*retrain.EXPECTED, interruption.Interrupted))
-"""Errors that say what is wrong and what to do; Prefect's message of a failed run begins with the name."""
+ERRORS = (*retrain.EXPECTED, interruption.Interrupted)
+CLEARLY = (lost_runs.LOST, *(error.__name__ for error in ERRORS))
+"""Parts of Prefect's message that say what is wrong and what to do: of a failed run, the error's name."""
 STAGE = """
 import hashlib, json, os, sys, time
 from pathlib import Path

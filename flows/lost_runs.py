@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MARK = "PREFECT__FLOW_RUN_ID"
 """Prefect's variable in the environment of a run's process."""
+GOING = {"any_": ["PENDING", "RUNNING", "CANCELLING"]}
+LOST = "its process died and no worker saw it; the next run continues it"
 LOOK_S = 20.0
 """Seconds between two looks. A worker that lives starts the process of a run that it has taken well before,
 and reports its end well before."""
@@ -54,16 +56,24 @@ def close(worker: str, say: Callable[[str], None], before: set[UUID | None]) -> 
     Nothing is done while a worker of another name serves the pool: the processes may be on its machine.
     """
     from prefect.client.orchestration import get_client
-    from prefect.states import Crashed
 
     with get_client(sync_client=True) as client:
         found = [] if others(client, worker) else lost(client)
         for run in found:
             if run.state_id in before:
-                message = "its process died and no worker saw it; the next run continues it"
-                client.set_flow_run_state(run.id, Crashed(message=message), force=True)
-                say(f"run {run.name}: Crashed; {message}")
+                crash(client, run.id, LOST)
+                say(f"run {run.name}: Crashed; {LOST}")
     return {run.state_id for run in found}
+
+
+def crash(client: SyncPrefectClient, run: UUID, message: str) -> None:
+    """*Crashed*: this run, and what goes on under it (its rounds)."""
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.states import Crashed
+
+    under = FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [run]}, "state": {"type": GOING}})
+    for one in [run, *(child.id for child in client.read_flow_runs(flow_run_filter=under))]:
+        client.set_flow_run_state(one, Crashed(message=message), force=True)
 
 
 def others(client: SyncPrefectClient, worker: str) -> list[str]:
@@ -80,7 +90,7 @@ def lost(client: SyncPrefectClient) -> list[FlowRun]:
     """Runs of the pool that are taken or going on, and have no process here."""
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 
-    going = FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}})
+    going = FlowRunFilter.model_validate({"state": {"type": GOING}})
     pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
     found = client.read_flow_runs(flow_run_filter=going, work_pool_filter=pool)
     alive = set(running())

@@ -17,6 +17,7 @@ from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import UUID
 
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -29,6 +30,7 @@ from flows import (
     data,
     dvc_server,
     interruption,
+    lost_runs,
     notify,
     pipeline,
     profile,
@@ -240,13 +242,12 @@ def _noted(root: Path) -> Iterator[None]:
     dead = read_note(root).get("flow_run_id")
     if dead:
         from prefect.client.orchestration import get_client
-        from prefect.states import Crashed
 
         with (
             suppress(Exception),
             get_client(sync_client=True) as client,
         ):  # another server may be in use by now
-            client.set_flow_run_state(dead, Crashed(message="killed; continued by a later run"), force=True)
+            lost_runs.crash(client, UUID(dead), "killed; continued by a later run")
     write_note(root, flow_run_id=flow_run.id)
     try:
         yield

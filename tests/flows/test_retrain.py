@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,10 @@ def test_stage_that_takes_too_long_is_ended(project: Path, prefect_server: str) 
 
 
 def test_kill_the_flow_and_run_again(project: Path, prefect_server: str) -> None:
-    hang = project / "control/dpo@r1.hang"
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    hang, began = project / "control/dpo@r1.hang", datetime.now(UTC)
     hang.touch()
     flow = start(project, prefect_server, "dpo@r1")
     pid = wait_for(lambda: stage_pid(project, "dpo@r1"))
@@ -131,6 +135,11 @@ def test_kill_the_flow_and_run_again(project: Path, prefect_server: str) -> None
     done = run(until="dpo@r1")
     assert done["ran"] == ["dpo@r1"] and done["skipped"] == ["first"]
     assert executed(project).count("first") == 1 and executed(project).count("dpo@r1") == 2
+    going = FlowRunFilter.model_validate(
+        {"state": {"type": {"any_": ["RUNNING"]}}, "start_time": {"after_": began}}
+    )
+    with get_client(sync_client=True) as client:
+        assert not client.read_flow_runs(flow_run_filter=going), "neither the killed run nor its rounds"
 
 
 def test_kill_the_stage_and_run_again(project: Path, prefect_server: str) -> None:
