@@ -49,6 +49,7 @@ def interruptible(run: Callable[P, R]) -> Callable[P, R]:
         from prefect.exceptions import TerminationSignal
         from prefect.states import Cancelled
 
+        _keep_going_unreserved()
         try:
             with _watched():
                 return run(*args, **kwargs)
@@ -161,6 +162,21 @@ def _read(run: UUID) -> Any:
     with suppress(Exception), get_client(sync_client=True) as client:
         return client.read_flow_run(run)
     return None
+
+
+def _keep_going_unreserved() -> None:
+    """A queued run renews its place every few minutes. Where that fails, as the server is away, Prefect's flow
+    engine (3.7.7) ends the run, whatever it is training. Ours goes on: the lock of the checkout
+    (flows/recovery.py) keeps the next one waiting."""
+    from prefect.concurrency import _leases
+
+    def say(error: BaseException, *_: Any, **__: Any) -> None:
+        from prefect import get_run_logger
+
+        sentence = "Prefect no longer reserves this run's place in the queue (%s); it goes on"
+        get_run_logger().warning(sentence, _first_line(error))
+
+    _leases._handle_lease_renewal_failure = cast(Any, say)
 
 
 def _stop_servers() -> None:

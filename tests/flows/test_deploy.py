@@ -456,6 +456,36 @@ def test_lost_runs_are_closed_and_hold_nobody_up(deployed: Path) -> None:
         assert client.set_flow_run_state(behind.id, Pending()).state.is_pending(), "its place is free"
 
 
+def test_a_run_goes_on_when_prefect_no_longer_reserves_its_place(deployed: Path, prefect_server: str) -> None:
+    """As after an outage longer than the reservation: Prefect's own engine would end the run."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Pending
+
+    deploy(deployed)
+    (deployed / "control/first.hang").touch()
+    often = "import prefect.concurrency._leases as leases; leases._RENEWAL_FRACTION = 0.01"  # every 3 s
+    engine = "import runpy; runpy.run_module('prefect.engine', run_name='__main__')"
+    log = deployed / "control/run.log"
+    with get_client(sync_client=True) as client, log.open("wb") as output:
+        asked = client.create_flow_run_from_deployment(read("retrain").id, parameters={"until": "dpo@r1"})
+        client.set_flow_run_state(asked.id, Pending())
+        environment = {**flow_environment(deployed), "PREFECT_API_URL": prefect_server}
+        run = subprocess.Popen(
+            [sys.executable, "-c", f"{often}\n{engine}"],
+            cwd=deployed,
+            env={**environment, "PREFECT__FLOW_RUN_ID": str(asked.id)},
+            stdout=output,
+            stderr=output,
+        )
+        wait_for(lambda: executed(deployed))
+        lease = client.read_flow_run(asked.id).state.state_details.deployment_concurrency_lease_id
+        client.request("POST", "/v2/concurrency_limits/decrement-with-lease", json={"lease_id": str(lease)})
+        wait_for(lambda: "no longer reserves" in log.read_text(), timeout_s=60)
+    (deployed / "control/first.hang").unlink()
+    assert run.wait(60) == 0, log.read_text()
+    assert executed(deployed) == ["first", "dpo@r1"] and runs("retrain")[0].state.is_completed()
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [(None, "longview up, then longview deploy"), ("http://127.0.0.1:9/api", "does not answer")],
