@@ -212,6 +212,7 @@ def environment(folder: Path, services: Sequence[Service] = ()) -> dict[str, str
         "LONGVIEW_ROOT": str(folder),
         "PREFECT_HOME": str(folder / ".work/prefect"),
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_DEPLOYMENT_CONCURRENCY_SLOT_WAIT_SECONDS": "5",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 

@@ -34,6 +34,15 @@ def work(*parts: str, base: Path | None = None) -> Path:
     return (base or root()).joinpath(".work", *parts)
 
 
+def fresh_log(name: str, base: Path | None = None) -> Path:
+    """`.work/logs/NAME.log`; the one before stays as `NAME.previous.log`."""
+    log = work("logs", f"{name}.log", base=base)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if log.exists():
+        log.replace(log.with_suffix(".previous.log"))
+    return log
+
+
 def prepare() -> None:
     """Set what Prefect reads at import. Called once by `flows/__init__.py`."""
     defaults = {

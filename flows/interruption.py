@@ -165,9 +165,9 @@ def _read(run: UUID) -> Any:
 
 
 def _keep_going_unreserved() -> None:
-    """A queued run renews its place every few minutes. Where that fails, as the server is away, Prefect's flow
-    engine (3.7.7) ends the run, whatever it is training. Ours goes on: the lock of the checkout
-    (flows/recovery.py) keeps the next one waiting."""
+    """A queued run renews its place every few minutes. Where that fails, as the server is away, Prefect
+    (3.7.7) ends the run, whatever it trains. Ours goes on: the lock of the checkout (flows/recovery.py) keeps
+    the next one waiting."""
     from prefect.concurrency import _leases
 
     def say(error: BaseException, *_: Any, **__: Any) -> None:

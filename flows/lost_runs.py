@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from flows import engine
 from flows.registration import POOL
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
 
-MARK = "PREFECT__FLOW_RUN_ID"
-"""Prefect's variable in the environment of a run's process."""
+ENGINES = {"flows.engine", "prefect.engine"}
 GOING = {"any_": ["PENDING", "RUNNING", "CANCELLING"]}
 LOST = "its process died and no worker saw it; the next run continues it"
 LOOK_S = 20.0
@@ -103,5 +103,5 @@ def running() -> Iterable[str]:
 
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if "prefect.engine" in process.cmdline() and (mark := process.environ().get(MARK)):
-                yield mark
+            if ENGINES & set(process.cmdline()) and (run := process.environ().get(engine.RUN)):
+                yield run

@@ -86,12 +86,9 @@ def specification(root: Path, entry: dict[str, Any], pull: list[dict[str, Any]],
 
 
 def job_variables(root: Path, kind: str) -> dict[str, Any]:
-    """Where runs find the checkout; the rest is in the pool's base job template.
-
-    A process whose output goes through its worker ends at its next line when the worker is killed.
-    """
+    """Where runs find the checkout; the rest is in the pool's base job template."""
     places: dict[str, dict[str, Any]] = {
-        "process": {"working_dir": str(root), "stream_output": False},
+        "process": {"working_dir": str(root), "command": "python -m flows.engine"},
         "docker": {"volumes": [f"{root}:{INSIDE}"]},
         "kubernetes": {},
     }

@@ -17,7 +17,7 @@ from prefect.client.schemas import State
 from prefect.states import Completed
 
 from flows import devices, dvc_server, published, recovery, terminal
-from flows.environment import stage_environment, work
+from flows.environment import fresh_log, stage_environment
 
 DAY_S = 24 * 3600
 RETRIES = 3
@@ -98,7 +98,7 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
     began = time.monotonic()
     if published.record(root, stage):
         return Outcome(stage, "restored", time.monotonic() - began)
-    log = _fresh_log(stage, root)
+    log = fresh_log(stage, root)
     environment = stage_environment(root)
     environment.pop("LONGVIEW_PARENT_RUN_ID", None)
     if parent_run_id:
@@ -118,15 +118,6 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
     published.forget(root, stage)
     restored = "is cached - skipping run" in log.read_text(encoding="utf-8", errors="replace")
     return Outcome(stage, "restored" if restored else "ran", seconds)
-
-
-def _fresh_log(stage: str, root: Path) -> Path:
-    """`.work/logs/STAGE.log`; the log of the run before stays as `STAGE.previous.log`."""
-    log = work("logs", f"{stage}.log", base=root)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists():
-        log.replace(log.with_suffix(".previous.log"))
-    return log
 
 
 def _message(stage: str, root: Path, log: Path, problem: str, status: int = 0) -> str:

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -100,8 +101,8 @@ def worker(
 ) -> None:
     """Start a worker: until it is stopped, it runs here what is scheduled, triggered or asked for.
 
-    A run outlives its worker: its log is in Prefect, and those of its stages in .work/logs. A run whose
-    process died while no worker looked on is closed, so that it does not hold up the queue.
+    A run outlives its worker: its log is in Prefect and in .work/logs/runs. A run whose process died while no
+    worker looked on is closed, so that it does not hold up the queue.
 
     Example:
 
@@ -118,6 +119,8 @@ def worker(
     except DeployError as error:
         _stop(error)
     os.chdir(root())
+    binaries = str(Path(sys.executable).parent)  # its runs are started by name
+    os.environ["PATH"] = os.pathsep.join([binaries, os.environ.get("PATH", "")])
     threading.Thread(target=lost_runs.watch, args=(called, typer.echo), daemon=True).start()
     sys.argv = ["prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", called]
     runpy.run_module("prefect", run_name="__main__")

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -401,6 +401,29 @@ def worker_of(root: Path, prefect_server: str) -> Iterator[tuple[subprocess.Pope
         worker.wait(30)
 
 
+@contextmanager
+def forwarded(port: int, server: str) -> Iterator[None]:
+    """What is sent to the port goes to that server."""
+    host, _, target = server.removeprefix("http://").removesuffix("/api").partition(":")
+
+    def pump(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+        sink.close()
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                ours, theirs = listener.accept()[0], socket.create_connection((host, int(target)))
+                for pair in ((ours, theirs), (theirs, ours)):
+                    threading.Thread(target=pump, args=pair, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        threading.Thread(target=accept, daemon=True).start()
+        yield
+
+
 def test_a_worker_runs_what_is_asked_for(deployed: Path, prefect_server: str) -> None:
     from prefect.deployments import run_deployment
 
@@ -429,6 +452,28 @@ def test_a_run_outlives_its_worker(deployed: Path, prefect_server: str) -> None:
     (deployed / "control/first.hang").unlink()
     wait_for(lambda: runs("retrain")[0].state.is_final(), timeout_s=60)
     assert runs("retrain")[0].state.is_completed() and executed(deployed) == ["first", "dpo@r1"]
+    assert "dpo@r1" in (deployed / ".work/logs/runs/retrain.log").read_text()
+
+
+def test_a_run_waits_for_a_server_that_restarts_at_its_start(deployed: Path, prefect_server: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    deploy(deployed)
+    with get_client(sync_client=True) as client:
+        asked = client.create_flow_run_from_deployment(read("retrain").id, parameters={"until": "first"})
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]  # nobody answers there yet
+    environment = {**flow_environment(deployed), "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "flows.engine"],
+        cwd=deployed,
+        env={**environment, "PREFECT__FLOW_RUN_ID": str(asked.id)},
+    )
+    time.sleep(5)
+    assert run.poll() is None, "it waits"
+    with forwarded(port, prefect_server):
+        assert run.wait(60) == 0
+    assert runs("retrain")[0].state.is_completed()
 
 
 def test_lost_runs_are_closed_and_hold_nobody_up(deployed: Path) -> None:
