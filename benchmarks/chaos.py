@@ -41,6 +41,7 @@ from benchmarks import results
 from benchmarks.results import ROOT, Row, Table
 from flows import interruption, lost_runs, pipeline, retrain
 from flows.commands.servers import MLFLOW, PREFECT, command
+from flows.environment import SETTINGS
 
 FOREIGN = ("LONGVIEW_", "PREFECT_", "MLFLOW_", "DVC_")
 """Settings of this checkout, not of the project."""
@@ -199,7 +200,7 @@ def asked(url: str, **body: Any) -> Any:
 
 
 def environment(folder: Path, services: Sequence[Service] = ()) -> dict[str, str]:
-    """This checkout's code on that project and those servers."""
+    """This checkout's code on that project and those servers, set as `longview up` sets them."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     urls = {service.name: service.url for service in services}
     servers = (
@@ -207,6 +208,7 @@ def environment(folder: Path, services: Sequence[Service] = ()) -> dict[str, str
     )
     return {
         **kept,
+        **SETTINGS,
         **servers,
         "PYTHONPATH": str(ROOT),
         "LONGVIEW_ROOT": str(folder),

@@ -14,6 +14,23 @@ import shutil
 import sys
 from pathlib import Path
 
+SETTINGS = {
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
+    # In memory, as by default, a restart of the server loses them, and their slots are never free again.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    # 2 + 4 + … + 256 s: a request waits eight minutes for a server that restarts; by default, one.
+    "PREFECT_CLIENT_MAX_RETRIES": "8",
+    "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
+"""What Prefect, DVC and MLflow are set to, also the servers that `longview up` starts."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(8 << 30), "MALLOC_TRIM_THRESHOLD_": str(8 << 30)}
 """glibc keeps what it has freed: given back and asked for again at every decoding step, a growing KV cache
@@ -45,23 +62,7 @@ def fresh_log(name: str, base: Path | None = None) -> Path:
 
 def prepare() -> None:
     """Set what Prefect reads at import. Called once by `flows/__init__.py`."""
-    defaults = {
-        "PREFECT_HOME": str(work("prefect")),
-        "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
-        # In memory, as by default, a restart of the server loses them, and their slots are never free again.
-        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-        # 2 + 4 + … + 256 s: a request waits eight minutes for a server that restarts; by default, one.
-        "PREFECT_CLIENT_MAX_RETRIES": "8",
-        "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-        "DO_NOT_TRACK": "1",
-        "DVC_NO_ANALYTICS": "1",
-        "GIT_PYTHON_REFRESH": "quiet",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    }
+    defaults = {"PREFECT_HOME": str(work("prefect")), **SETTINGS}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     home = Path(os.environ["PREFECT_HOME"])
