@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 FILE = "prefect.yaml"
 POOL_RUNS = 4
 """Runs of one pool at a time: one of each deployment."""
+FORGETS = """this server keeps reservations in memory: when it restarts during a run, a GPU slot or the place
+in the queue may stay taken for ever. Start the server with
+  PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem
+(docs/operating.md, "Schedule and trigger", says how to free a slot)"""
 TEMPLATES = {kind: f"deploy/{kind}.json" for kind in ("docker", "kubernetes")}
 
 
@@ -74,7 +78,15 @@ def deploy(root: Path, options: Options) -> Report:
         elif options.notify:
             changed = automations.switch_on(client, options.notify)
             report.add("notifications", "changed" if changed else "unchanged")
+        if forgets_reservations(client):
+            report.warnings.append(FORGETS)
     return report
+
+
+def forgets_reservations(client: SyncPrefectClient) -> bool:
+    """Whether the server keeps the leases of concurrency limits in memory, Prefect's default."""
+    settings = client.request("GET", "/admin/settings").json()
+    return settings["server"]["concurrency"]["lease_storage"].endswith(".memory")
 
 
 def check(options: Options) -> None:

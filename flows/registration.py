@@ -46,9 +46,10 @@ class Options:
 
 @dataclass
 class Report:
-    """What was done: name and `created`, `changed` or `unchanged`, in order."""
+    """What was done: name and `created`, `changed` or `unchanged`, in order; what to see to."""
 
     lines: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def add(self, name: str, did: str) -> None:
         """One more line."""

@@ -91,6 +91,8 @@ def deploy(
         _stop(error)
     for name, did in report.lines:
         typer.echo(f"{name:36} {did}")
+    for warning in report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     typer.echo("next: `longview worker` in a terminal of its own, or as a service; it runs what is due")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,22 @@ def test_deploying_twice_changes_nothing(deployed: Path) -> None:
     off = deploy(deployed, cron="off", drop="off")
     assert off["retrain/retrain"] == off["data-watch/data-watch"] == "changed"
     assert not read("retrain").schedules and not read("data-watch").parameters
+
+
+def test_a_server_that_forgets_reservations_is_pointed_out(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows import deploy as deployments
+    from flows.commands.deploy import deploy as command
+
+    command(gpus=1)
+    assert "warning" not in capsys.readouterr().err  # set as `longview up` sets it
+    in_memory = "prefect.server.concurrency.lease_storage.memory"
+    answer = SimpleNamespace(json=lambda: {"server": {"concurrency": {"lease_storage": in_memory}}})
+    assert deployments.forgets_reservations(SimpleNamespace(request=lambda *_: answer))
+    monkeypatch.setattr(deployments, "forgets_reservations", lambda _: True)
+    command(gpus=1)
+    assert "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE" in capsys.readouterr().err
 
 
 def test_a_schedule_makes_runs(deployed: Path) -> None:
