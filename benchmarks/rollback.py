@@ -9,6 +9,7 @@ which a tenth is new, pushed to a remote and recorded as versions. Then the chec
 the first and back, in turns:
 - ours: `longview data rollback RUN`, from process start to exit, its checks before and after included;
 - by hand: `git checkout RUN -- dvc.lock params.yaml data.dvc`, then `dvc checkout`;
+- by hand, checked: `dvc status` before (is something edited?) and after (is it all there?), as ours does;
 - bound: the files that differ between the two runs removed and copied from the cache, in one process.
 
 Retraining is 18.0 minutes: the whole embedded pipeline by `dvc repro` on two cores (README, commit f1e9301).
@@ -139,6 +140,12 @@ def by_hand(folder: Path, run: RunVersion) -> None:
     git(folder, "reset", "-q")
 
 
+def by_hand_checked(folder: Path, run: RunVersion) -> None:
+    dvc(folder, "status", "-q")
+    by_hand(folder, run)
+    dvc(folder, "status", "-q")
+
+
 def copies(folder: Path, before: RunVersion, after: RunVersion) -> list[tuple[Path, Path]]:
     """(object in the cache, file of the workspace) for what differs between two runs."""
     with objects.opened(folder) as stored:
@@ -161,13 +168,14 @@ def bound(pairs: Sequence[tuple[Path, Path]]) -> None:
 def measure(folder: Path, runs: Sequence[RunVersion], repetitions: int) -> dict[str, list[float]]:
     """Seconds of each way, both directions, in turns."""
     first, last = runs[0], runs[-1]
-    found: dict[str, list[float]] = {"ours": [], "by hand": [], "bound": []}
+    found: dict[str, list[float]] = {"ours": [], "by hand": [], "by hand, checked": [], "bound": []}
     for _ in range(repetitions):
         for target, source in ((first, last), (last, first)):
             pairs = copies(folder, source, target)
             for name, go in (
                 ("ours", lambda run=target: ours(folder, run)),
                 ("by hand", lambda run=target: by_hand(folder, run)),
+                ("by hand, checked", lambda run=target: by_hand_checked(folder, run)),
                 ("bound", lambda some=pairs: bound(some)),
             ):
                 ours(folder, source)
@@ -207,6 +215,7 @@ def judge(
         *([own] if size == Size() else []),
         Row("of the bound: copying the same files", times, "×", f"≤ {TIMES:g}", times <= TIMES),
         Row("git checkout and dvc checkout by hand / ours", medians["by hand"] / mine, "×"),
+        Row("the same with dvc status before and after / ours", medians["by hand, checked"] / mine, "×"),
         Row(f"disk of {runs} runs / their unique bytes", used, "×", f"≤ {DISK}", used <= DISK),
     ]
     cells = [[name, f"{medians[name]:.2f}", f"{min(s):.2f} to {max(s):.2f}"] for name, s in found.items()]

@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows import data, pipeline, recovery, versions
+from flows import data, hashing, pipeline, recovery, versions
 from flows.environment import root as find_root
 from flows.environment import work
+from flows.hashing import Hashes
 from flows.profile import drop_old_rounds
 from flows.versions import LOCK, PARAMS, POINTER, RunVersion
 
@@ -55,7 +56,7 @@ def restore(root: Path, name: str, *, with_code: bool = False, force: bool = Fal
     force: overwrite what is nowhere else, after a copy to .work/rollback/. Raises RollbackError,
     versions.VersionError, recovery.BusyError or pipeline.PipelineError.
     """
-    with chdir(root), recovery.exclusive(root) as cleaned:
+    with chdir(root), recovery.exclusive(root) as cleaned, hashing.once(outputs=True) as hashes:
         for sentence in cleaned:
             say(sentence)
         every = versions.versions(root)
@@ -70,18 +71,22 @@ def restore(root: Path, name: str, *, with_code: bool = False, force: bool = Fal
                 f"  to keep yours, elsewhere:     git worktree add ../{place} {target.tag}"
             )
         taken = [*RESTORED, *code]
-        unsaved = unsaved_files(root, taken, every) + unsaved_outputs(root)
+        unsaved = unsaved_files(root, taken, every) + unsaved_outputs(root, hashes)
         if unsaved and not force:
             raise RollbackError(
                 f"not saved anywhere else, and would be overwritten: {_some(unsaved)}\n"
                 "  commit it (or `dvc commit` what stages made); --force goes on, and puts copies aside"
             )
         kept = put_aside(root, unsaved) if unsaved else None
+        marker(root).parent.mkdir(parents=True, exist_ok=True)
+        marker(root).write_text(f"{target.tag}\n")
         write(root, target, taken)
-        fetched = check_out(root)
-        for line in drop_old_rounds(root):
-            say(line)
-        check(root, target)
+        with pipeline.opened(root):  # DVC reads what was written once, for all that follows
+            fetched = check_out(root, hashes)
+            for line in drop_old_rounds(root):
+                say(line)
+            check(root, target)
+        marker(root).unlink()
         return Restored(target.tag, target.data, before, tuple(code), fetched, kept)
 
 
@@ -105,35 +110,27 @@ def unsaved_files(root: Path, names: list[str], every: list[RunVersion]) -> list
     commits = [version.commit for version in every]
     if versions.git(root, "rev-list", "--all", "--max-count=1"):
         commits.append("HEAD")
-    found = []
-    for name in names:
-        path = root / name
-        if not path.is_file():
-            continue
-        mine = path.read_bytes()
-        if not any(_has(root, commit, name, mine) for commit in reversed(commits)):
-            found.append(name)
-    return found
+    return versions.unrecorded(root, names, commits)
 
 
-def _has(root: Path, commit: str, name: str, content: bytes) -> bool:
-    try:
-        return versions.read_at(root, commit, name) == content
-    except versions.VersionError:
-        return False
-
-
-def unsaved_outputs(root: Path) -> list[str]:
+def unsaved_outputs(root: Path, hashes: Hashes) -> list[str]:
     """data/ and outputs of stages that were edited by hand: DVC's cache has them as they were made only."""
+    halfway = marker(root).exists()
     with pipeline.opened(root) as repo:
-        outs = [out for stage in repo.index.stages for out in stage.outs if out.use_cache and out.exists]
-        return sorted(str(out.def_path) for out in outs if out.hash_info and _unsaved(out))
+        outs = [out for stage in repo.index.stages for out in stage.outs if out.use_cache and out.hash_info]
+        return sorted(str(out.def_path) for out in outs if _unsaved(out, hashes.of(out), halfway))
 
 
-def _unsaved(out: Any) -> bool:
-    """Not what dvc.lock or data.dvc says, nor anything else that the cache has."""
-    current = out.get_hash()
-    return current != out.hash_info and not out.cache.exists(current.value)
+def _unsaved(out: Any, content: Any, halfway: bool) -> bool:
+    """Not what dvc.lock or data.dvc says, nor anything else that the cache has.
+
+    halfway: a rollback was killed, so that files of two versions may stand side by side.
+    """
+    if content is None or content.hash_info == out.hash_info or out.cache.exists(content.hash_info.value):
+        return False
+    if halfway and content.hash_info.isdir:
+        return not all(out.cache.exists(one.value) for _, _, one in content)
+    return True
 
 
 def put_aside(root: Path, names: list[str]) -> str:
@@ -163,16 +160,18 @@ def write(root: Path, target: RunVersion, names: list[str]) -> None:
         part.replace(path)
 
 
-def check_out(root: Path) -> int:
+def check_out(root: Path, hashes: Hashes) -> int:
     """Every file from the cache, and what the cache lacks from the remote; returns how many were fetched."""
-    from dvc.exceptions import CheckoutError, DvcException
+    from dvc.exceptions import DvcException
 
     with pipeline.opened(root) as repo:
-        try:
-            repo.checkout(force=True)
+        outs = [out for out in repo.index.outs if out.use_cache and out.is_in_repo]
+        used = [out.fspath for out in repo.index.outs if out.protocol == "local"]
+        repo.state.remove_links(repo.state.get_unused_links(used, repo.fs), repo.fs)
+        lacking = [out for out in outs if not link(out, hashes)]
+        if not lacking:
             return 0
-        except CheckoutError:
-            say("not all of it is in the cache: fetching from the remote")
+        say("not all of it is in the cache: fetching from the remote")
         try:
             fetched = int(repo.fetch())
             repo.checkout(force=True)
@@ -184,15 +183,42 @@ def check_out(root: Path) -> int:
             ) from error
 
 
+def link(out: Any, hashes: Hashes) -> bool:
+    """Make an output what dvc.lock says of it, by the files that differ alone. False: the cache lacks some.
+
+    `dvc checkout` looks at each file of the workspace again to find these; here that is known already.
+    """
+    from dvc.exceptions import CheckoutError
+
+    wanted, there = out.get_obj(), hashes.of(out)
+    if wanted is not None and there is not None and there.hash_info == wanted.hash_info:
+        return True
+    hashes.forget(out)
+    if wanted is None:
+        return False
+    if there is not None and there.hash_info.isdir != wanted.hash_info.isdir:
+        out.remove()
+        there = None
+    try:
+        out.checkout(force=True, old=there)
+    except CheckoutError:
+        return False
+    return True
+
+
 def check(root: Path, target: RunVersion) -> None:
     """Raises RollbackError unless every stage and data/ are up to date."""
-    with pipeline.opened(root):
-        found = {**pipeline.data_states(root), **pipeline.states(root)}
+    found = {**pipeline.data_states(root), **pipeline.states(root)}
     stale = [
         f"{name} ({state.reason})" for name, state in found.items() if state.state != pipeline.UP_TO_DATE
     ]
     if stale:
         raise RollbackError(f"{target.tag} is restored, but not up to date: {_some(stale)}")
+
+
+def marker(root: Path) -> Path:
+    """There while files are overwritten, until all are checked: a rollback goes on, or was killed."""
+    return work("rollback", "unfinished", base=root)
 
 
 def summary(done: Restored) -> str:

@@ -152,6 +152,19 @@ def read_at(root: Path, revision: str, path: str) -> bytes:
     return done.stdout
 
 
+def unrecorded(root: Path, paths: list[str], revisions: list[str]) -> list[str]:
+    """The files whose content none of these git revisions has under the same name."""
+    there = [path for path in paths if (root / path).is_file()]
+    if not there or not revisions:
+        return there
+    asked, prefix = [(path, revision) for path in there for revision in revisions], _prefix(root)
+    names = "".join(f"{revision}:{prefix}{path}\n" for path, revision in asked)
+    blobs = git(root, "cat-file", "--batch-check=%(objectname)", text=names).splitlines()
+    recorded = {(path, blob) for (path, _), blob in zip(asked, blobs, strict=True)}
+    mine = git(root, "hash-object", "--no-filters", "--", *there).splitlines()
+    return [path for path, blob in zip(there, mine, strict=True) if (path, blob) not in recorded]
+
+
 def lock(root: Path, version: RunVersion) -> dict[str, Any]:
     """Its dvc.lock: `{"stages": {name: {"cmd", "deps", "params", "outs"}}}`."""
     from ruamel.yaml import YAML

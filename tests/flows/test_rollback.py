@@ -6,9 +6,11 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import chdir
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -156,6 +158,58 @@ def test_killed_on_its_way_the_same_again_finishes_it(project: Path, runs: list[
     assert not is_clean(project)
     restoring.restore(project, runs[0].tag)
     assert is_clean(project)
+
+
+def test_killed_among_the_files_the_same_again_finishes_it(
+    project: Path, runs: list[RunVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dvc_data.hashfile import checkout
+
+    class Killed(BaseException):
+        pass
+
+    whole, linked = checkout._checkout_file, []
+
+    def one_file_of_data_then_killed(link: Any, path: str, *words: Any, **options: Any) -> Any:
+        if linked:
+            raise Killed
+        if "/data/" in path:
+            linked.append(path)
+        return whole(link, path, *words, **options)
+
+    monkeypatch.setattr(checkout, "_checkout_file", one_file_of_data_then_killed)
+    with pytest.raises(Killed):
+        restoring.restore(project, runs[0].tag)
+    monkeypatch.setattr(checkout, "_checkout_file", whole)
+    mixed = (project / "data/images/a.png").read_bytes(), (project / "data/records.jsonl").read_text()
+    assert (mixed[0] == b"one") == ('"6"' in mixed[1])  # one file of each run
+    restoring.restore(project, runs[0].tag)
+    assert is_clean(project)
+
+
+def test_each_file_is_looked_at_once_and_those_that_differ_again(
+    project: Path, runs: list[RunVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dvc import output
+
+    whole, looks = output.build, Counter[str]()
+
+    def counted(odb: Any, path: str, *words: Any, **options: Any) -> Any:
+        looks[str(Path(path).relative_to(project))] += 1
+        return whole(odb, path, *words, **options)
+
+    monkeypatch.setattr(output, "build", counted)
+    restoring.restore(project, runs[0].tag)
+    assert looks["data"] == 2 and max(looks.values()) == 2
+    looks.clear()
+    restoring.restore(project, runs[0].tag)
+    assert looks["data"] == 1 and max(looks.values()) == 1
+
+
+def test_a_selection_made_by_hand_is_not_undone(project: Path, runs: list[RunVersion]) -> None:
+    (project / "data/images/a.png").unlink()
+    with pytest.raises(RollbackError, match=r"would be overwritten: data"):
+        restoring.restore(project, runs[0].tag)
 
 
 def test_versions_and_their_difference(project: Path, runs: list[RunVersion]) -> None:
