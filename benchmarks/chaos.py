@@ -314,7 +314,7 @@ def one_run(
     back: dict[str, float] = {}
     for _ in range(STARTS):
         found.starts += 1
-        flow_run = due(services)
+        flow_run = due(services, found.starts)
         killed = harass(folder, services, found, draw, kills, back, flow_run)
         return_services(services, back, at_once=True)
         state = state_of(services, flow_run)
@@ -329,12 +329,16 @@ def one_run(
     found.trouble["end"].append(f"run {found.runs} did not end well in {STARTS} starts")
 
 
-def due(services: Mapping[str, Service]) -> str:
-    """A run of the deployment, due now; its id."""
-    api = f"{services['prefect'].url}/api"
-    deployment = asked(f"{api}/deployments/name/retrain/retrain")
-    url = f"{api}/deployments/{deployment['id']}/create_flow_run"
-    return str(asked(url, state={"type": "SCHEDULED"})["id"])
+def due(services: Mapping[str, Service], start: int) -> str:
+    """A run of the deployment, due now; its id. A server that has just come back may fail at first."""
+    api, deadline = f"{services['prefect'].url}/api", time.monotonic() + SERVER_S
+    while time.monotonic() < deadline:
+        if deployment := asked(f"{api}/deployments/name/retrain/retrain"):
+            url = f"{api}/deployments/{deployment['id']}/create_flow_run"
+            if made := asked(url, state={"type": "SCHEDULED"}, idempotency_key=f"start {start}"):
+                return str(made["id"])
+        time.sleep(0.5)
+    raise RuntimeError("Prefect's server does not take a run: control/prefect.log")
 
 
 def state_of(services: Mapping[str, Service], flow_run: str) -> dict[str, Any]:

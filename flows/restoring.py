@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows import data, hashing, pipeline, recovery, versions
+from flows import data, hashing, linking, pipeline, recovery, versions
 from flows.environment import root as find_root
 from flows.environment import work
 from flows.hashing import Hashes
@@ -60,7 +60,7 @@ def restore(root: Path, name: str, *, with_code: bool = False, force: bool = Fal
         for sentence in cleaned:
             say(sentence)
         every = versions.versions(root)
-        target = versions.resolve(root, name)
+        target = versions.resolve(root, name, every)
         before = next((v.tag for v in every if v.tag.endswith(f"-{versions.identity(root)}")), None)
         code = differing_code(root, target)
         if code and not with_code:
@@ -168,7 +168,8 @@ def check_out(root: Path, hashes: Hashes) -> int:
         outs = [out for out in repo.index.outs if out.use_cache and out.is_in_repo]
         used = [out.fspath for out in repo.index.outs if out.protocol == "local"]
         repo.state.remove_links(repo.state.get_unused_links(used, repo.fs), repo.fs)
-        lacking = [out for out in outs if not link(out, hashes)]
+        with linking.plainly():
+            lacking = [out for out in outs if not link(out, hashes)]
         if not lacking:
             return 0
         say("not all of it is in the cache: fetching from the remote")
@@ -203,6 +204,8 @@ def link(out: Any, hashes: Hashes) -> bool:
         out.checkout(force=True, old=there)
     except CheckoutError:
         return False
+    if wanted.hash_info.isdir and there is not None:
+        hashes.replaced(out, there, wanted)
     return True
 
 

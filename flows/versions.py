@@ -113,12 +113,13 @@ def versions(root: Path) -> list[RunVersion]:
     return sorted(found, key=lambda version: (version.when, version.tag), reverse=True)
 
 
-def resolve(root: Path, name: str) -> RunVersion:
+def resolve(root: Path, name: str, every: list[RunVersion] | None = None) -> RunVersion:
     """The version named by a tag, an id, the beginning of either, `latest`, or a git revision.
 
-    An md5 of a data version (or its beginning) means the newest run on it. Raises VersionError.
+    An md5 of a data version (or its beginning) means the newest run on it. every: all versions, if they are
+    known. Raises VersionError.
     """
-    every = versions(root)
+    every = versions(root) if every is None else every
     if not every:
         raise VersionError("there is no run version yet: a `longview run` that succeeds makes one")
     if name == "latest":

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +131,8 @@ def _migrate(base: Path) -> None:
 
 
 def _await(server: Server, process: subprocess.Popen[bytes], base: Path) -> None:
+    import urllib.request
+
     url = f"{servers(base)[server.name]['url']}{server.health}"
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:

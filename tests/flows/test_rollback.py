@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
@@ -204,6 +205,102 @@ def test_each_file_is_looked_at_once_and_those_that_differ_again(
     looks.clear()
     restoring.restore(project, runs[0].tag)
     assert looks["data"] == 1 and max(looks.values()) == 1
+
+
+@pytest.fixture(scope="module")
+def two_large_runs(
+    two_runs: tuple[Path, list[RunVersion]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[RunVersion]]:
+    """Two more runs, on 120 images of which ten differ."""
+    project = shutil.copytree(two_runs[0], tmp_path_factory.mktemp("large") / "project", symlinks=True)
+    with chdir(project):
+        made = []
+        for first in (b"three", b"four"):
+            for number in range(120):
+                content = first if number < 10 else b"same"
+                (project / f"data/images/{number}.png").write_bytes(content + str(number).encode())
+            made.append(run_once(project, [record(1, first.decode())], first))
+    return project, made
+
+
+@pytest.fixture
+def many(
+    two_large_runs: tuple[Path, list[RunVersion]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, list[RunVersion], Counter[str]]:
+    """A copy of it, at the second run; how often DVC is asked for a path from now on."""
+    from dvc import output
+
+    project = shutil.copytree(two_large_runs[0], tmp_path / "project", symlinks=True)
+    monkeypatch.setenv("LONGVIEW_ROOT", str(project))
+    monkeypatch.chdir(project)
+    restoring.restore(project, "latest")  # nothing to do, but what is there is noted
+    whole, looks = output.build, Counter[str]()
+
+    def counted(odb: Any, path: str, *words: Any, **options: Any) -> Any:
+        looks[str(Path(path).relative_to(project))] += 1
+        return whole(odb, path, *words, **options)
+
+    monkeypatch.setattr(output, "build", counted)
+    return project, two_large_runs[1], looks
+
+
+def test_thousands_of_files_are_known_without_asking_dvc(
+    many: tuple[Path, list[RunVersion], Counter[str]],
+) -> None:
+    project, made, looks = many
+    for run in (*made, made[0]):
+        restoring.restore(project, run.tag)
+        assert looks["data"] == 0 and looks["stage.py"] == 1
+        looks.clear()
+    assert (project / "data/images/3.png").read_bytes() == b"three3" and is_clean(project)
+    dvc(project, "status")
+    assert not [path for path in (project / "data").rglob("*") if path.suffix == ".part"]
+
+
+@pytest.mark.parametrize("path", ["data/images/3.png", "data/images/99.png", "data/images/new.png"])
+def test_among_thousands_an_edit_is_not_overwritten(
+    many: tuple[Path, list[RunVersion], Counter[str]], path: str
+) -> None:
+    project, made, _ = many
+    (project / path).write_bytes(b"mine")
+    with pytest.raises(RollbackError, match=r"would be overwritten: data"):
+        restoring.restore(project, made[0].tag)
+    assert (project / path).read_bytes() == b"mine"
+
+
+def test_an_edit_among_thousands_meanwhile_is_found(
+    many: tuple[Path, list[RunVersion], Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dvc.output import Output
+
+    project, made, _ = many
+    whole = Output.checkout
+
+    def and_an_edit(out: Any, *words: Any, **options: Any) -> Any:
+        done = whole(out, *words, **options)
+        (project / "data/images/99.png").write_bytes(b"meanwhile")  # one that both runs have
+        return done
+
+    monkeypatch.setattr(Output, "checkout", and_an_edit)
+    with pytest.raises(RollbackError, match=r"restored, but not up to date: data\.dvc"):
+        restoring.restore(project, made[0].tag)
+
+
+def test_where_blocks_cannot_be_shared_it_is_not_tried_for_each_file(
+    many: tuple[Path, list[RunVersion], Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dvc_objects.fs import system
+
+    project, made, _ = many
+    tried: list[str] = []
+
+    def refused(source: str, target: str) -> None:
+        tried.append(target)
+        raise OSError(errno.ENOTSUP, "no reflinks here")
+
+    monkeypatch.setattr(system, "reflink", refused)
+    restoring.restore(project, made[0].tag)
+    assert (project / "data/images/3.png").read_bytes() == b"three3" and len(tried) < 10
 
 
 def test_a_selection_made_by_hand_is_not_undone(project: Path, runs: list[RunVersion]) -> None:
