@@ -46,8 +46,8 @@ from flows.environment import SETTINGS
 FOREIGN = ("LONGVIEW_", "PREFECT_", "MLFLOW_", "DVC_")
 """Settings of this checkout, not of the project."""
 VICTIMS = ("flow", "stage", "dvc", "worker", "prefect", "mlflow")
-PAUSE_S, AWAY_S = (0.5, 10.0), (0.5, 5.0)
-"""Between two kills, and before a server or the worker comes back."""
+PAUSE_S, AGAIN_S, AWAY_S = (0.5, 10.0), (0.1, 0.7), (0.5, 5.0)
+"""Between two kills, two tries for one that was not there, and before a server or the worker comes back."""
 STARTS, RUN_S, SERVER_S = 40, 900, 120
 """The most starts of one run, the longest one may take, and a server to answer."""
 WELL, BADLY = {"COMPLETED"}, {"FAILED", "CRASHED", "CANCELLED"}
@@ -358,6 +358,7 @@ def harass(
     """Kill at random while the run goes on; whether its flow was among the victims."""
     began = time.monotonic()
     next_kill, next_look, state = began + draw.uniform(*PAUSE_S), began, ""
+    victim = draw.choice(VICTIMS)
     while True:
         return_services(services, back)
         now = time.monotonic()
@@ -372,14 +373,15 @@ def harass(
         flow = flow_process(folder)
         taken = flow or state == "PENDING"
         if taken and sum(found.kills.values()) < kills and now > next_kill:
-            name = draw.choice(VICTIMS)
-            if kill(name, flow, services):
-                found.kills[name] += 1
-                if name == "flow":
+            if kill(victim, flow, services):
+                found.kills[victim] += 1
+                if victim == "flow":
                     return True
-                if name in services:
-                    back[name] = time.monotonic() + draw.uniform(*AWAY_S)
-            next_kill = time.monotonic() + draw.uniform(*PAUSE_S)
+                if victim in services:
+                    back[victim] = time.monotonic() + draw.uniform(*AWAY_S)
+                victim, next_kill = draw.choice(VICTIMS), time.monotonic() + draw.uniform(*PAUSE_S)
+            else:  # a stage lives for a second: tried again until there is one
+                next_kill = time.monotonic() + draw.uniform(*AGAIN_S)
         time.sleep(0.05)
 
 
