@@ -26,6 +26,11 @@ class Hashes:
         self.found: dict[tuple[str, str], Any] = {}
         self._seen: dict[str, seen.Numbers] = {}
 
+    def clear(self) -> None:
+        """Look at everything anew."""
+        self.found.clear()
+        self._seen.clear()
+
     def look(self, build: Callable[..., Any], odb: Any, path: str, fs: Any, name: str, **options: Any) -> Any:
         """What DVC's `build` answers for a path of the workspace, storing nothing."""
         numbers = seen.numbers(path) if name == ALGORITHM else None
@@ -93,17 +98,35 @@ def _answer(odb: Any, tree: Any, numbers: seen.Numbers) -> Any:
     return odb, Meta(size=sum(numbers[name][2] for name in names), nfiles=len(names), isdir=True), tree
 
 
+_active: Hashes | None = None
+
+
 @contextmanager
 def once(outputs: bool = False) -> Iterator[Hashes]:
     """Remember what the inputs of stages hash to, until a stage's command is run or the block ends.
 
     outputs: those of outputs, too. For questions alone: an output that is to be stored is read when it is.
+    Inside of another such block it is the same one.
     """
+    global _active
+    if _active is not None:
+        yield _active
+        return
+    hashes = _active = Hashes()
+    try:
+        with _remembering(hashes, outputs):
+            yield hashes
+    finally:
+        _active = None
+
+
+@contextmanager
+def _remembering(hashes: Hashes, outputs: bool) -> Iterator[None]:
+    """DVC asks `hashes` first."""
     from dvc import output
     from dvc.stage import run
 
     build, cmd_run = output.build, run.cmd_run
-    hashes = Hashes()
 
     def remembered(odb: Any, path: str, fs: Any, name: str, **options: Any) -> Any:
         asked = outputs or options.get("dry_run")  # otherwise an output: it is stored, too
@@ -117,10 +140,10 @@ def once(outputs: bool = False) -> Iterator[Hashes]:
         try:
             return cmd_run(*args, **options)
         finally:
-            hashes.found.clear()
+            hashes.clear()
 
     output.build, run.cmd_run = remembered, forgetting
     try:
-        yield hashes
+        yield
     finally:
         output.build, run.cmd_run = build, cmd_run

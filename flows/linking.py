@@ -15,6 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PART = ".longview-part"
+
+
+class CopyFailed(RuntimeError):
+    """A file could not be written; the message names it and says why."""
+
 
 @contextmanager
 def plainly() -> Iterator[None]:
@@ -29,9 +35,7 @@ def plainly() -> Iterator[None]:
         if links != ["copy"] or not local:
             transfer(from_fs, source, to_fs, target, links=links, callback=callback)
             return
-        part = Path(f"{target}.part")
-        shutil.copyfile(source, part)
-        part.rename(target)  # whole, or not there
+        _copy(source, target)
         callback.relative_update()
 
     vars(checkout)["transfer"] = copied
@@ -39,3 +43,23 @@ def plainly() -> Iterator[None]:
         yield
     finally:
         vars(checkout)["transfer"] = transfer
+
+
+def _copy(source: str, target: str) -> None:
+    """The file is there whole, or not at all."""
+    part = Path(f"{target}{PART}")
+    try:
+        shutil.copyfile(source, part)
+        part.rename(target)
+    except FileNotFoundError:  # the cache lacks it
+        raise
+    except OSError as error:  # DVC would say that no kind of link is possible
+        raise CopyFailed(f"{target}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """What a kill left half copied below a folder, or beside the file that it would have become."""
+    for part in [*folder.rglob(f"*{PART}"), folder.with_name(folder.name + PART)]:
+        part.unlink(missing_ok=True)

@@ -85,6 +85,7 @@ def restore(root: Path, name: str, *, with_code: bool = False, force: bool = Fal
             fetched = check_out(root, hashes)
             for line in drop_old_rounds(root):
                 say(line)
+            hashes.clear()  # someone may have edited something meanwhile
             check(root, target)
         marker(root).unlink()
         return Restored(target.tag, target.data, before, tuple(code), fetched, kept)
@@ -118,6 +119,8 @@ def unsaved_outputs(root: Path, hashes: Hashes) -> list[str]:
     halfway = marker(root).exists()
     with pipeline.opened(root) as repo:
         outs = [out for stage in repo.index.stages for out in stage.outs if out.use_cache and out.hash_info]
+        for out in outs if halfway else []:
+            linking.remove_parts(Path(out.fs_path))
         return sorted(str(out.def_path) for out in outs if _unsaved(out, hashes.of(out), halfway))
 
 
@@ -168,8 +171,13 @@ def check_out(root: Path, hashes: Hashes) -> int:
         outs = [out for out in repo.index.outs if out.use_cache and out.is_in_repo]
         used = [out.fspath for out in repo.index.outs if out.protocol == "local"]
         repo.state.remove_links(repo.state.get_unused_links(used, repo.fs), repo.fs)
-        with linking.plainly():
-            lacking = [out for out in outs if not link(out, hashes)]
+        try:
+            with linking.plainly():
+                lacking = [out for out in outs if not link(out, hashes)]
+        except (linking.CopyFailed, OSError) as error:
+            raise RollbackError(
+                f"{error}\n  `longview gc` frees disk; then the same again: it goes on where this one ended"
+            ) from error
         if not lacking:
             return 0
         say("not all of it is in the cache: fetching from the remote")
