@@ -228,10 +228,13 @@ def _message(root: Path, name: str, facts: Facts) -> str:
 
 
 def _list(root: Path, pattern: str) -> list[RunVersion]:
-    """The versions whose tags fit, by two calls of git however many there are."""
-    form = "%(refname)%00%(objectname)%00%(committerdate:unix)"
+    """The versions whose tags fit, by two calls of git however many there are.
+
+    A tag of that name which a person made, or another project of the same repository, is none.
+    """
+    form = "%(refname)%00%(objectname)%00%(*objectname)%00%(creatordate:unix)"
     lines = git(root, "for-each-ref", f"--format={form}", pattern).splitlines()
-    tags = [line.split("\0") for line in lines]
+    tags = [(name, peeled or own, when) for name, own, peeled, when in (line.split("\0") for line in lines)]
     names = "".join(f"{commit}:{_prefix(root)}{FACTS}\n" for _, commit, _ in tags)
     texts = _blobs(git(root, "cat-file", "--batch", text=names) if tags else "")
     return [
@@ -241,15 +244,22 @@ def _list(root: Path, pattern: str) -> list[RunVersion]:
             commit=commit,
             when=datetime.fromtimestamp(int(seconds), UTC),
         )
-        for (name, commit, seconds), facts in zip(tags, map(json.loads, texts), strict=True)
+        for (name, commit, seconds), text in zip(tags, texts, strict=True)
+        if text is not None and (facts := json.loads(text))
     ]
 
 
-def _blobs(batch: str) -> list[str]:
-    """The contents that `git cat-file --batch` printed: JSON in ASCII, so that its sizes count characters."""
-    contents = []
+def _blobs(batch: str) -> list[str | None]:
+    """The contents that `git cat-file --batch` printed, None for what is not there.
+
+    They are JSON in ASCII, so that its sizes count characters.
+    """
+    contents: list[str | None] = []
     while batch:
         header, _, batch = batch.partition("\n")
+        if header.endswith(" missing"):
+            contents.append(None)
+            continue
         size = int(header.split()[2])
         contents.append(batch[:size])
         batch = batch[size + 1 :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from click.testing import Result
 from flows import data, pipeline, restoring, versions
 from flows.restoring import RollbackError
 from flows.versions import Facts, RunVersion
-from tests.support.mini import executed, flow_environment, make_project
+from tests.support.mini import REPOSITORY, executed, flow_environment, make_project
 
 pytestmark = pytest.mark.flows
 
@@ -141,6 +142,19 @@ def test_work_that_is_saved_nowhere_is_not_overwritten(project: Path, runs: list
     assert done.kept and is_clean(project)
     assert (project / done.kept / "data/records.jsonl").read_text() == "{}\n"
     assert "mine" in (project / done.kept / "params.yaml").read_text()
+
+
+def test_a_run_elsewhere_as_the_guide_says(project: Path, runs: list[RunVersion]) -> None:
+    guide = (REPOSITORY / "docs/operating.md").read_text().splitlines()
+    first = next(number for number, line in enumerate(guide) if "git worktree add" in line)
+    commands = "\n".join(guide[first : first + 2]).replace("run/20261123-1a2b3c4d", runs[0].tag)
+    binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": binaries}
+    subprocess.run(["bash", "-euc", commands], cwd=project, env=environment, check=True, capture_output=True)
+    assert '"3"' in (project.parent / "then/data/records.jsonl").read_text()
+    subprocess.run(
+        ["dvc", "status", "--quiet"], cwd=project.parent / "then", env=environment, check=True
+    )  # exit status 1 if something is not as it was
 
 
 def test_other_code_is_named_and_restored_only_if_asked(project: Path, runs: list[RunVersion]) -> None:

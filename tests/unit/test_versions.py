@@ -104,3 +104,12 @@ def test_a_checkout_below_its_repository(checkout: Path) -> None:
     made = versions.record(below, Facts(DATA, "tiny"))
     assert made and versions.read(below, made, "params.yaml") == b"seed: 0\n"
     assert versions.versions(below) == [made]
+
+
+def test_other_tags_of_that_name_are_no_versions(checkout: Path) -> None:
+    made = versions.record(checkout, Facts(DATA, "tiny"))
+    assert made
+    git(checkout, "tag", "run/mine", "HEAD")
+    git(checkout, "tag", "--annotate", "run/noted", "--message", "x", made.commit)
+    assert {version.tag for version in versions.versions(checkout)} == {made.tag, "run/noted"}
+    assert {version.commit for version in versions.versions(checkout)} == {made.commit}
