@@ -363,8 +363,9 @@ def harass(
         return_services(services, back)
         now = time.monotonic()
         if now > next_look:
-            state = state_of(services, flow_run).get("type") or state
-            if state in WELL | BADLY:
+            found_now = state_of(services, flow_run)
+            state = found_now.get("type") or state
+            if state in WELL | BADLY and not lost_runs.NOT_STARTED.match(found_now.get("message") or ""):
                 return False
             next_look = now + 0.5
         if now > began + RUN_S:

@@ -518,6 +518,33 @@ def test_lost_runs_are_closed_and_hold_nobody_up(deployed: Path) -> None:
         assert client.set_flow_run_state(behind.id, Pending()).state.is_pending(), "its place is free"
 
 
+def test_a_run_that_a_worker_could_not_start_is_due_again(deployed: Path) -> None:
+    """As Prefect's worker leaves it if the server goes away just when the run is taken."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Crashed
+
+    from flows import lost_runs
+
+    deploy(deployed)
+    prefix = "Failed to submit flow run to infrastructure"
+    messages = [
+        f"{prefix}: ConnectError: All connection attempts failed",
+        f"{prefix}: FileNotFoundError: no such folder",
+        lost_runs.LOST,
+    ]
+    said: list[str] = []
+    with get_client(sync_client=True) as client:
+        asked = [client.create_flow_run_from_deployment(read("retrain").id) for _ in messages]
+        for run, message in zip(asked, messages, strict=True):
+            client.set_flow_run_state(run.id, Crashed(message=message), force=True)
+        lost_runs.close("host", said.append, set())
+        states = [client.read_flow_run(run.id).state.type.name for run in asked]
+        assert states == ["SCHEDULED", "CRASHED", "CRASHED"]
+        assert said == [f"run {asked[0].name}: due again; the server was away when it was to start"]
+        lost_runs.close("host", said.append, set())
+    assert len(said) == 1
+
+
 def test_a_run_goes_on_when_prefect_no_longer_reserves_its_place(deployed: Path, prefect_server: str) -> None:
     """As after an outage longer than the reservation: Prefect's own engine would end the run."""
     from prefect.client.orchestration import get_client
