@@ -61,6 +61,7 @@ def packages(root: Path) -> Iterator[Finding]:
     wrong = []
     for requirement in project.get("dependencies", []):
         name, _, wanted = requirement.partition("==")
+        name = name.partition("[")[0]  # extras
         try:
             found = metadata.version(name).partition("+")[0]  # 2.13.0+cpu is 2.13.0
         except metadata.PackageNotFoundError:

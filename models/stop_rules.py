@@ -26,12 +26,13 @@ RISE = 1.0
 
 @dataclass(frozen=True)
 class StopRules:
-    """patience: logs in succession. loss: times the median of the last twenty logs, if it is a nat above it,
-    too. chosen_drop: nats a token by which preference training lowers the log-probability of the chosen
-    completions against the reference, from where it began. Some fall is usual where they resemble the
-    rejected ones (likelihood displacement, arXiv 2410.08847); at one nat a token is a third as likely as it
-    was. cut: by which the share of sampled completions that reach the limit of tokens rises, where training
-    samples itself."""
+    """patience: logs in succession. loss: times the median of the last twenty logs, if it is a nat above
+    it, and higher than so many logs in succession have been among these: batches that differ much, as
+    those of a small set do, make a loss that jumps up and down for ever. chosen_drop: nats a token by
+    which preference training lowers the log-probability of the chosen completions against the reference,
+    from where it began. Some fall is usual where they resemble the rejected ones (likelihood
+    displacement, arXiv 2410.08847); at one nat a token is a third as likely as it was. cut: by which the
+    share of sampled completions that reach the limit of tokens rises, where training samples itself."""
 
     patience: int = 3
     loss: float = 3.0
@@ -65,8 +66,13 @@ def _loss(logs: Sequence[Log], rules: StopRules) -> Sign | None:
 
     def bad(index: int) -> bool:
         before = losses[max(0, index - WINDOW) : index]
-        level = statistics.median(before) if len(before) >= SETTLED else float("inf")
-        return bool(losses[index] > max(rules.loss * level, level + RISE))
+        if len(before) < SETTLED:
+            return False
+        level, usual = (
+            statistics.median(before),
+            _highest(before[: 1 - rules.patience or None], rules.patience),
+        )
+        return bool(losses[index] > max(rules.loss * level, level + RISE, usual))
 
     return _sign(
         logs,
@@ -74,6 +80,12 @@ def _loss(logs: Sequence[Log], rules: StopRules) -> Sign | None:
         lambda entry: f"the loss is {losses[-1]:.3g} and was {min(losses):.3g}",
         "lower `learning_rate`, raise `warmup`, or look for broken records",
     )
+
+
+def _highest(losses: Sequence[float], count: int) -> float:
+    """The highest median of `count` losses in succession."""
+    medians = (statistics.median(losses[n : n + count]) for n in range(len(losses) - count + 1))
+    return max(medians, default=float("-inf"))
 
 
 def _chosen(logs: Sequence[Log], rules: StopRules, beta: float) -> Sign | None:

@@ -49,10 +49,19 @@ def status(
         state, because = _line(states[stage.name], sorted(stage.ancestors & behind), why)
         table.add_row(stage.name, f"[{STYLES[state]}]{state}[/]", because)
     console.print(table)
-    console.print(f"\ndata      {data.version(base) or 'none'} ({source.state if source else 'no data.dvc'})")
+    console.print(f"\ndata      {data.version(base) or 'none'} ({_data(base, source)})")
     with chdir(base):
         for line in _models():
             console.print(line, markup=False, highlight=False)
+
+
+def _data(base: Path, source: StageState | None) -> str:
+    """What is to be said of data/."""
+    if source is None:
+        return "no data.dvc"
+    if source.state != UP_TO_DATE and not (base / "data").exists():
+        return "not here yet: `longview run` brings or builds it"
+    return source.state if source.state == UP_TO_DATE else f"{source.state}: {source.reason}"
 
 
 def _line(state: StageState, waiting_for: list[str], why: bool) -> tuple[str, str]:

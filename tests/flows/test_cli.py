@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.mini import executed, flow_environment
+from tests.support.mini import REPOSITORY, executed, flow_environment
 
 pytestmark = pytest.mark.flows
 COMMANDS = [
@@ -107,3 +107,21 @@ def test_up_and_down(project: Path) -> None:
         down = longview(project, "down")
     assert down.stdout.count("stopped") == 2
     assert "no servers" in longview(project, "down").stdout
+
+
+def test_the_pins_of_this_environment_are_met() -> None:
+    from flows import checks
+
+    (finding,) = checks.packages(REPOSITORY)
+    assert finding.level == "ok", finding
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("rm -r data", "not here yet"), ("echo >> data/records.jsonl", "stale: data modified")],
+)
+def test_status_says_what_is_the_matter_with_the_data(project: Path, change: str, said: str) -> None:
+    import subprocess
+
+    subprocess.run(["sh", "-c", change], cwd=project, check=True)
+    assert said in longview(project, "status").stdout

@@ -43,6 +43,35 @@ def test_a_spike_a_high_start_and_late_noise_do_not_strike() -> None:
     assert strikes(logs(loss=[0.7, 0.1, 0.02, 0.01, 0.01, 0.01, 0.2, 0.3, 0.2, 0.3])) is None
 
 
+def test_a_loss_that_jumps_all_the_time_does_not_strike() -> None:
+    """36 conversations in batches of eight: a few that are hard make every second batch."""
+    jumping = [
+        1.8,
+        13.9,
+        2.3,
+        1.5,
+        21.3,
+        2.1,
+        1.2,
+        10.2,
+        1.0,
+        14.0,
+        1.3,
+        8.4,
+        0.7,
+        0.7,
+        10.8,
+        0.6,
+        0.9,
+        0.4,
+        6.4,
+    ]
+    high = [5.5, 7.3, 5.1]
+    assert strikes(logs(loss=[*jumping, 8.6, 0.3, 0.3, 0.6, *high, 0.3])) is None
+    sign = strikes(logs(loss=[*jumping, 8.6, 0.3, 0.3, 0.6, *(5 * loss for loss in high)]))
+    assert sign and sign.since == 240
+
+
 def test_the_loss_of_a_policy_gradient_says_nothing() -> None:
     about_zero = [1e-3, -2e-3, 1e-3, 2e-3, 1e-3, 3.0, 4.0, 5.0]
     assert strikes(logs(loss=about_zero, completions__clipped_ratio=[0.1] * 8)) is None
