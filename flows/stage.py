@@ -45,6 +45,8 @@ ADVICE = [
     (r"ParamsError", "correct params.yaml, then run again"),
     (r"TrackingError", "MLflow is the cause: `longview doctor` says what to do"),
 ]
+RAISED = re.compile(r"^(?:[a-z_]\w*\.)*[A-Z]\w*[a-z]\w*: (.+)", re.MULTILINE)
+"""The last line of a traceback: the error's name and what it says, which is what fits on a phone."""
 KILLED = (
     "it was killed, most often for want of memory: lower the batch size in section '{section}' of params.yaml"
 )
@@ -123,8 +125,9 @@ def execute(stage: str, root: Path, parent_run_id: str | None, timeout_s: float 
 def _message(stage: str, root: Path, log: Path, problem: str, status: int = 0) -> str:
     end = terminal.tail(log)
     quoted = "\n".join(f"    | {line}" for line in end.splitlines())
+    raised = RAISED.findall(end)
     return (
-        f"stage '{stage}': {problem}\n{quoted}\n"
+        f"stage '{stage}': {problem}{f': {raised[-1]}' if raised else ''}\n{quoted}\n"
         f"  whole log:  {log.relative_to(root)}\n"
         f"  what to do: {_advice(stage, end, status)}\n"
         f"  by itself:  dvc repro --single-item {stage}"

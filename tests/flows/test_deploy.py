@@ -295,11 +295,15 @@ def test_runs_are_told_of(deployed: Path, inbox: tuple[str, list[dict[str, Any]]
     (finished,) = wait_for(lambda: texts(received))
     assert "1 stages run in" in finished and "first" in finished and "next: `longview status`" in finished
     received.clear()
-    (deployed / "control/side.fail").write_text("No space left on device")
+    end_of_log = (
+        "File \"side.py\", line 1, in <module>\nbuiltins.OSError: [Errno 28] No space left on device: 'x'"
+    )
+    (deployed / "control/side.fail").write_text(end_of_log)
     with pytest.raises(StageFailed):
         retrain(until="side")
     (failed,) = wait_for(lambda: texts(received))
     assert "retrain failed" in failed and "stage 'side': ended with status" in failed
+    assert " s: [Errno 28] No space left on device: 'x'\n" in failed, "what it died of"
     assert "what to do: the disk is full" in failed and len(failed) < 700
     received.clear()
     for _ in range(2):
