@@ -118,7 +118,9 @@ def _show_versions(found: list[DataVersion]) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 
-    table = Table("", "data", "since", "size", "records", "kind", "runs", "models", box=None, pad_edge=False)
+    table = Table("", "data", "since", "size", "records", "kind", box=None, pad_edge=False)
+    table.add_column("runs", no_wrap=True)  # to be copied
+    table.add_column("models", overflow="fold")
     for version in found:
         runs = [*version.runs[:2], *([f"{len(version.runs) - 2} more"] if len(version.runs) > 2 else [])]
         table.add_row(
@@ -128,8 +130,8 @@ def _show_versions(found: list[DataVersion]) -> None:
             decimal(version.size) if version.size is not None else "?",
             f"{version.records:,}" if version.records is not None else "not in the cache",
             version.kind or "",
-            ", ".join(runs),
-            ", ".join(version.models),
+            "\n".join(runs),
+            "\n".join(version.models),
         )
     console = Console()
     console.print(table)
