@@ -10,27 +10,23 @@ files, and the next call goes on.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows import registered, retention
+from flows.checkouts import GcRefused, refuse_busy
 from flows.environment import work
 from flows.registered import Registered
 from flows.retention import Policy, Verdict
 
 SCRATCH = re.compile(r"[0-9a-f]{16}")  # tasks/stage.py: .work/<stage>/<fingerprint of its inputs>
 DAY_S = 86400.0
-
-
-class GcRefused(RuntimeError):
-    """Nothing was deleted; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +68,14 @@ class Plan:
 
 def plan(
     root: Path,
-    repo: Any,
+    projects: dict[Path, Any],
     policy: Policy,
     *,
     remote: str | None = None,
-    also: tuple[Path, ...] = (),
     shared: bool = False,
     failed_runs: bool = False,
 ) -> Plan:
-    """What would go. Changes nothing.
-
-    `repo` is of `project(root)`; `also` names other checkouts that share the cache or the remote. Worktrees
-    of this repository need no naming.
+    """What would go. Changes nothing. `projects`: what `checkouts.held` gives.
 
     Raises GcRefused or versions.VersionError.
     """
@@ -94,10 +86,12 @@ def plan(
         raise GcRefused(f"{error}. Which models are registered is not known, so nothing goes.") from None
     verdicts = retention.judge(root, policy, models)
     dropped = [verdict.version for verdict in verdicts if not verdict.reasons]
+    repo, siblings = projects[root], {path.resolve() for path in retention.worktrees(root)}
     used, lost = _used(repo, retention.revisions(root, dropped))
-    siblings = retention.worktrees(root)
-    for other in dict.fromkeys([*siblings, *also]):
-        with project(other) as theirs:
+    for other, theirs in projects.items():
+        if other == root:
+            continue
+        with chdir(other):
             revisions = {} if other in siblings else retention.revisions(other, [])
             more, missing = _used(theirs, revisions)
         used, lost = used | more, [*lost, *missing]
@@ -127,14 +121,16 @@ def plan(
     )
 
 
-def carry_out(root: Path, repo: Any, made: Plan, *, remote: str | None = None) -> None:
-    """Delete what the plan says; hold `recovery.exclusive` and `project` from before the plan was made.
+def carry_out(root: Path, projects: dict[Path, Any], made: Plan, *, remote: str | None = None) -> None:
+    """Delete what the plan says. `projects`: of `checkouts.held`, alone, since before the plan was made.
 
     Tags, then directories' listings, then files, then scratch. Raises GcRefused before anything is deleted.
     """
+    for checkout in projects:
+        refuse_busy(checkout)
     if made.obstacles:
         raise GcRefused("\n".join(made.obstacles))
-    _refuse_busy(root)
+    repo = projects[root]
     for version in made.dropped:
         _note(root, f"git update-ref refs/tags/{version.tag} {version.commit}")
         retention.forget(root, version)
@@ -286,14 +282,6 @@ def _warnings(remote: str | None, outside: bool) -> Iterator[str]:
         )
 
 
-def _refuse_busy(root: Path) -> None:
-    """`dvc repro` by hand holds no lock of ours; DVC notes it in its rwlock."""
-    path = root / ".dvc" / "tmp" / "rwlock"
-    lock = json.loads(path.read_text(encoding="utf-8") or "{}") if path.is_file() else {}
-    if any(holders for entries in lock.values() for holders in entries.values()):
-        raise GcRefused("a DVC command is at work in this checkout (.dvc/tmp/rwlock): wait for it")
-
-
 def _note(root: Path, line: str) -> None:
     """Before a tag goes, how to put it back."""
     path = work("gc.log", base=root)
@@ -304,20 +292,3 @@ def _note(root: Path, line: str) -> None:
 
 def _remote(repo: Any, name: str) -> Any:
     return repo.cloud.get_remote_odb(name, "gc", hash_name="md5")
-
-
-@contextmanager
-def project(root: Path) -> Iterator[Any]:
-    """The DVC project with its lock held. Raises GcRefused if another DVC command has it."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo, lock_repo
-
-    try:
-        repo = Repo(str(root))
-        try:
-            with chdir(root), lock_repo(repo):
-                yield repo
-        finally:
-            repo.close()
-    except DvcException as error:
-        raise GcRefused(f"DVC: {error}") from error

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +287,45 @@ def test_gc_refuses_where_it_cannot_know(project: Path, runs: list[RunVersion]) 
     unknown = longview(*policy)
     assert unknown.exit_code == 1 and "cannot be asked" in unknown.stderr
     assert objects(project) == before and len(versions.versions(project)) == 3
+
+
+@contextmanager
+def at_work(project: Path) -> Iterator[None]:
+    """A DVC command's note that a stage of it runs, as `dvc repro` leaves it, for a process that lives."""
+    lock = project / ".dvc/tmp/rwlock"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        lock.write_text(json.dumps({"write": {"artifacts/side": {"pid": process.pid, "cmd": "dvc repro"}}}))
+        yield
+        process.kill()
+    lock.unlink()
+
+
+def test_gc_waits_for_runs_of_other_checkouts(
+    project: Path, runs: list[RunVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import checkouts
+
+    policy = ("gc", "--keep-runs", "1", "--keep-days", "0")
+    beside, clone, before = tmp_path / "beside", tmp_path / "clone", objects(project)
+    git(project, "worktree", "add", "-q", "--detach", str(beside))
+    subprocess.run(["git", "clone", "-q", "--no-tags", str(project), str(clone)], check=True)
+    for folder, also in ((beside, ()), (clone, ("--also", str(clone)))):
+        dvc(folder, "cache", "dir", str(project / ".dvc/cache"), "--local")
+        with recovery.exclusive(folder):
+            monkeypatch.setenv("LONGVIEW_ROOT", str(project))  # the run is another process
+            assert longview(*policy, *also).exit_code == 0, "a look is none of its business"
+            busy = longview(*policy, *also, "--yes")
+        assert busy.exit_code == 1 and f"{folder}: another run" in busy.stderr
+        with at_work(folder):
+            busy = longview(*policy, *also, "--yes")
+        assert busy.exit_code == 1 and f"a DVC command is at work in {folder}" in busy.stderr
+        assert objects(project) == before and len(versions.versions(project)) == 3
+    with checkouts.held(project, [clone], alone=True) as projects:
+        assert set(projects) == {project, beside, clone}
+        for folder in projects:
+            with pytest.raises(recovery.BusyError), recovery.exclusive(folder):
+                pass
+    nowhere = longview(*policy, "--also", str(tmp_path / "nowhere"), "--yes")
+    assert nowhere.exit_code == 1 and "is no checkout" in nowhere.stderr
+    assert longview(*policy, "--also", str(project), "--also", str(clone), "--yes").exit_code == 0
+    assert objects(project) < before
