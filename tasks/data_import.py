@@ -241,7 +241,9 @@ def keep_pointer(root: Path, version: str) -> None:
     """Keep data.dvc, which names this version, before another takes its place: the way back."""
     path = root / WORK / f"{version}.pointer"
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(root / POINTER, path)
+    part = path.with_name(f"{path.name}.part")
+    shutil.copyfile(root / POINTER, part)
+    part.replace(path)
 
 
 def _swap(repo: Repo, root: Path, work: Path) -> str:

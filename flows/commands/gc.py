@@ -43,8 +43,9 @@ def gc(
 
     A run stays if it is one of the newest, young, pinned, what the workspace is, or trained a version that
     has an alias or was champion once. Also kept: whatever the workspace, a branch, a tag of yours or a
-    worktree needs. Refused while a run is alive in this checkout, in a worktree or in one that --also names,
-    and where it cannot be known what something kept needs.
+    worktree needs, and data that an import replaced in these days. Refused while a run is alive in this
+    checkout, in a worktree or in one that --also names, and where it cannot be known what something kept
+    needs.
 
     Examples:
 
@@ -90,8 +91,9 @@ def _show(plan: Any) -> None:
     from flows.lineage_view import readable
 
     for verdict in plan.verdicts:
-        fate = f"stays: {', '.join(verdict.reasons)}" if verdict.reasons else "GOES: nothing keeps it"
-        typer.echo(f"{verdict.version.tag}  data {verdict.version.data[:8]}  {fate}")
+        typer.echo(f"{verdict.version.tag}  data {verdict.version.data[:8]}  {_fate(verdict)}")
+    for version in plan.replaced:
+        typer.echo(f"data {version.md5[:8]}  {_fate(version)}")
     for store in plan.unused:
         typer.echo(f"{store.store}: {len(store.md5s)} of {store.total} objects, {readable(store.size)}")
     for path, size in plan.scratch:
@@ -103,3 +105,7 @@ def _show(plan: Any) -> None:
         typer.echo(f"note: {warning}")
     for obstacle in plan.obstacles:
         typer.echo(f"in the way: {obstacle}")
+
+
+def _fate(judged: Any) -> str:
+    return f"stays: {', '.join(judged.reasons)}" if judged.reasons else "GOES: nothing keeps it"

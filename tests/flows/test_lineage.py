@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -128,8 +129,6 @@ def objects(project: Path) -> set[Path]:
 
 def spoil(path: Path) -> None:
     """One flipped byte; size and time as they were."""
-    import os
-
     info = path.stat()
     content = bytearray(path.read_bytes())
     content[0] ^= 1
@@ -270,6 +269,45 @@ def test_gc_keeps_pins_branches_and_worktrees(project: Path, runs: list[RunVersi
     git(project, "branch", "-D", "mine")
     git(project, "worktree", "add", "-q", "--detach", "../beside", runs[1].commit)
     assert "cache: 0 of" in longview(*policy).stdout
+
+
+def test_gc_keeps_what_an_import_promised_back(project: Path, runs: list[RunVersion], tmp_path: Path) -> None:
+    from flows import data
+    from tasks import data_import
+
+    policy = ("gc", "--keep-runs", "1", "--keep-days", "7", "--yes")
+    for number, text in enumerate(("mine", "others'", "newer")):
+        (project / "data/records.jsonl").write_text(text)
+        dvc(project, "add", "data")
+        if number < 2:
+            data_import.keep_pointer(project, str(data.version(project)))
+    mine, other = sorted(project.glob(".work/data_import/*.pointer"), key=lambda path: path.stat().st_mtime)
+    beside = tmp_path / "beside/.work/data_import" / other.name
+    git(project, "worktree", "add", "-q", "--detach", str(tmp_path / "beside"))
+    dvc(tmp_path / "beside", "cache", "dir", str(project / ".dvc/cache"), "--local")
+    beside.parent.mkdir(parents=True)
+    other.rename(beside)
+    os.utime(beside, (0, 0))
+    shown = longview(*policy)
+    assert shown.exit_code == 0 and f"data {mine.stem[:8]}  stays: replaced by an import" in shown.stdout
+    os.utime(mine, (0, 0))
+    back = {text: data_of(project, pointer) for text, pointer in (("mine", mine), ("others'", beside))}
+    assert back == {text: text for text in back}
+    shown = longview(*policy)
+    assert shown.exit_code == 0 and f"data {mine.stem[:8]}  GOES" in shown.stdout and not mine.exists()
+    assert data_of(project, beside) == "others'", "the other checkout's: gc there decides"
+    assert not (project / ".dvc/cache/files/md5" / mine.stem[:2] / mine.stem[2:]).exists()
+
+
+def data_of(project: Path, pointer: Path) -> str:
+    """The records that a pointer leads back to; data/ is as before then."""
+    now = (project / "data.dvc").read_bytes()
+    shutil.copy(pointer, project / "data.dvc")
+    dvc(project, "checkout", "--force", "data.dvc")
+    text = (project / "data/records.jsonl").read_text()
+    (project / "data.dvc").write_bytes(now)
+    dvc(project, "checkout", "--force", "data.dvc")
+    return text
 
 
 def test_gc_refuses_where_it_cannot_know(project: Path, runs: list[RunVersion]) -> None:
