@@ -35,8 +35,6 @@ CHANGED, REFUSAL = "longview.data.changed", "longview.data.refused"
 RESOURCE = {"prefect.resource.id": "longview.data", "prefect.resource.name": "data"}
 NOTE = "data_watch.json"
 IMPORTED, REFUSED = ".imported", ".refused"
-ASIDE = "data_watch"
-"""Folder in .work for what data/ held when an update of it was killed."""
 SETTLED_S = 10.0
 """How long a folder must not have changed before it is looked at."""
 
@@ -164,7 +162,7 @@ def resume(root: Path, note: dict[str, str], look: Look) -> None:
     if _pointer(root) != note["before"]:
         data.ensure(root, say)
     elif folder.is_dir() and any(folder.iterdir()) and not data.is_current(root):
-        place = set_aside(folder, work(ASIDE, base=root))
+        place = set_aside(folder, work(data.ASIDE, base=root))
         say(f"an update of {data.FOLDER}/ was killed: what it held is in {place}, the version before is back")
     settle(root, note, look)
 

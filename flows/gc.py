@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flows import registered, replaced, retention
+from flows import data, registered, replaced, retention
 from flows.checkouts import GcRefused, refuse_busy
 from flows.environment import work
 from flows.registered import Registered
@@ -241,14 +241,14 @@ def _collect(odb: Any, used: frozenset[Any]) -> None:
 
 
 def _scratch(root: Path, repo: Any, keep_days: float) -> Iterator[tuple[Path, int]]:
-    """Journals and trainer checkpoints that no stage will take up again, and old logs.
+    """Journals and trainer checkpoints that no stage will take up again, old logs, what data/ was long ago.
 
     A stage that is not up to date may continue from its folder, so such folders stay while they are young.
     """
     old = time.time() - keep_days * DAY_S
     done = {stage.name for stage in repo.index.stages if stage.cmd and not stage.status()}
     for folder in sorted(work(base=root).glob("*/*")):
-        if folder.is_dir() and SCRATCH.fullmatch(folder.name):
+        if folder.is_dir() and (SCRATCH.fullmatch(folder.name) or folder.parent.name == data.ASIDE):
             files = [file for file in folder.rglob("*") if file.is_file()]
             newest = max((file.stat().st_mtime for file in files), default=folder.stat().st_mtime)
             if folder.parent.name in done or newest < old:

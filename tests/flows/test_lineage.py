@@ -234,6 +234,10 @@ def test_gc_deletes_what_nothing_needs_and_every_kept_run_can_be_restored(
     scratch = project / ".work/first/0123456789abcdef"
     scratch.mkdir(parents=True)
     (scratch / "checkpoint").write_bytes(b"x" * 1000)
+    aside = project / ".work/data_watch/data"  # as flows/data_watch.py leaves it
+    aside.mkdir(parents=True)
+    (aside / "records.jsonl").write_text("half")
+    assert str(aside) not in longview("gc", "--keep-runs", "1").stdout, "it is young"
     policy = ("--keep-runs", "1", "--keep-days", "0")
     before = objects(project)
     shown = longview("gc", *policy, "--remote", "local")
@@ -246,7 +250,7 @@ def test_gc_deletes_what_nothing_needs_and_every_kept_run_can_be_restored(
     assert done.exit_code == 0 and "deleted" in done.stdout, done.output
     assert [v.tag for v in versions.versions(project)] == [runs[2].tag, runs[0].tag]
     gone = before - objects(project)
-    assert gone and not scratch.exists()
+    assert gone and not scratch.exists() and not aside.exists()
     remote = {path.name for path in (project / ".work/remote").rglob("*") if path.is_file()}
     assert not remote & {path.name for path in gone}
     assert remote < {path.name for path in objects(project)}  # HEAD's own data was never pushed
