@@ -387,6 +387,9 @@ def test_a_killed_run_does_not_keep_its_device(deployed: Path, prefect_server: s
     with devices.held("dpo", deployed, said.append):
         assert not said and (deployed / ".work" / devices.NOTE).is_file()
     assert not (deployed / ".work" / devices.NOTE).exists()
+    (deployed / ".work" / devices.NOTE).touch()  # as a full disk leaves it
+    with devices.held("dpo", deployed, said.append):
+        assert not said
 
 
 @pytest.mark.parametrize(
