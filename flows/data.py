@@ -19,6 +19,8 @@ from flows.environment import stage_environment
 
 BUILDER = "tasks.boards"  # writes data/ of the embedded profile, deterministically
 FOLDER, POINTER = "data", "data.dvc"
+ASIDE = "data_watch"
+"""Folder in .work for what data/ held when an update of it was killed."""
 
 
 class DataError(RuntimeError):

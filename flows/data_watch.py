@@ -83,8 +83,9 @@ def data_watch(
 
 
 def announce(root: Path, note: dict[str, str], look: Look) -> None:
-    """Emit the event if the version is new: not announced before, and not what was trained on last."""
-    if look.version is None or look.version == note.get("version"):
+    """Emit the event if the version is new: not announced before, and not what was trained on last. What an
+    update imported is announced once it has been checked."""
+    if look.version is None or look.version == note.get("version") or "before" in note:
         return
     look.announced = trained_on(root) != {look.version}
     if look.announced:
@@ -101,16 +102,21 @@ def refuse(name: str, reason: str) -> None:
 
 
 def read_note(root: Path) -> dict[str, str]:
-    """What the last look left: `version` announced, and `refused`, what a URL held that cannot be used."""
+    """What the last look left: `version` announced, and `refused`, what a URL held that cannot be used. While
+    an update goes on also `found`, what the URL holds, and `before`, data.dvc as it was."""
     try:
         return json.loads(work(NOTE, base=root).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def write_note(root: Path, note: dict[str, str], **values: str) -> None:
-    """Change the note, here and on disk."""
-    note.update(values)
+def write_note(root: Path, note: dict[str, str], **values: str | None) -> None:
+    """Change the note, here and on disk; None removes a value."""
+    for name, value in values.items():
+        if value is None:
+            note.pop(name, None)
+        else:
+            note[name] = value
     path = work(NOTE, base=root)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,21 +136,53 @@ def trained_on(root: Path) -> set[str]:
 
 def update(root: Path, note: dict[str, str], look: Look) -> None:
     """`dvc update` if data/ was imported from a URL that holds something else now. What cannot be used is
-    refused once, and data/ is then as it was."""
+    refused once, and data/ is then as it was.
+
+    `dvc update` removes data/ before it fetches, so an edited data/ is refused first. Raises DataError.
+    """
+    if "before" in note:
+        with recovery.exclusive(root):
+            resume(root, note, look)
     found = pipeline.import_changed(root, data.POINTER)
     if found is None or found == note.get("refused"):
         return
-    pointer = root / data.POINTER
     with recovery.exclusive(root):
-        before = pointer.read_bytes()
-        data.dvc(root, "update", "--quiet", data.POINTER)
-        reason = problem(root / data.FOLDER)
-        if reason:
-            pointer.write_bytes(before)
-            data.dvc(root, "checkout", "--quiet", "--force", data.POINTER)
-            write_note(root, note, refused=found)
-            look.refused[data.POINTER] = reason
-    look.updated = reason is None
+        data_import.keep_pointer(root, data.ensure(root, say))
+        write_note(root, note, found=found, before=_pointer(root))
+        try:
+            data.dvc(root, "update", "--quiet", data.POINTER)
+        finally:
+            settle(root, note, look)
+
+
+def resume(root: Path, note: dict[str, str], look: Look) -> None:
+    """What a killed look had begun. Where DVC was not done with it, data/ may hold half of what it was to
+    fetch, or what was edited since: it is set aside."""
+    folder = root / data.FOLDER
+    if _pointer(root) != note["before"]:
+        data.ensure(root, say)
+    elif folder.is_dir() and any(folder.iterdir()) and not data.is_current(root):
+        place = set_aside(folder, work(data.ASIDE, base=root))
+        say(f"an update of {data.FOLDER}/ was killed: what it held is in {place}, the version before is back")
+    settle(root, note, look)
+
+
+def settle(root: Path, note: dict[str, str], look: Look) -> None:
+    """Check what `dvc update` imported. If that cannot be used, or it did not succeed, data/ is as before."""
+    updated = _pointer(root) != note["before"]
+    reason = problem(root / data.FOLDER) if updated else None
+    if reason or not updated:
+        (root / data.POINTER).write_text(note["before"], encoding="utf-8")
+        data.dvc(root, "checkout", "--quiet", "--force", data.POINTER)
+    if reason:
+        look.refused[data.POINTER] = reason
+    look.updated = updated and reason is None
+    refused = note["found"] if reason else note.get("refused")
+    write_note(root, note, refused=refused, found=None, before=None)
+
+
+def _pointer(root: Path) -> str:
+    return (root / data.POINTER).read_text(encoding="utf-8")
 
 
 def take(root: Path, drop: Path, settled_s: float, max_bad_share: float, look: Look) -> None:
@@ -167,11 +205,11 @@ def take(root: Path, drop: Path, settled_s: float, max_bad_share: float, look: L
             except data_import.SourceRefused as error:
                 reason = str(error)
         if reason is None:
-            set_aside(folder, IMPORTED)
+            set_aside(folder, drop / IMPORTED)
             look.imported.append(folder.name)
             say(f"{folder.name}: imported as version {done.version}")
         else:
-            aside = set_aside(folder, REFUSED)
+            aside = set_aside(folder, drop / REFUSED)
             aside.with_name(f"{aside.name}.reason.txt").write_text(f"{reason}\n", encoding="utf-8")
             look.refused[folder.name] = reason
 
@@ -203,9 +241,8 @@ def problem(folder: Path) -> str | None:
         return str(error)
 
 
-def set_aside(folder: Path, where: str) -> Path:
-    """Move the folder into a hidden one beside it; a name that is taken gets a number."""
-    shelf = folder.parent / where
+def set_aside(folder: Path, shelf: Path) -> Path:
+    """Move the folder into another, on the same file system; a name that is taken gets a number."""
     shelf.mkdir(exist_ok=True)
     place, number = shelf / folder.name, 2
     while place.exists():

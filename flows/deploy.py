@@ -20,6 +20,7 @@ from flows.registration import (
     Options,
     Report,
     pool_of,
+    refuse_taken,
     register,
     schedule_of,
     specification,
@@ -67,12 +68,15 @@ def deploy(root: Path, options: Options) -> Report:
     report, manifest = Report(), read(root)
     with get_client(sync_client=True) as client:
         kind = options.infrastructure or infrastructure_of(client)
+        entries = manifest["deployments"]
+        wanted = [specification(root, entry, manifest["pull"], kind) for entry in entries]
+        if not options.force:
+            refuse_taken(client, root, wanted)
         make_pool(client, root, kind, report)
         for name in devices.names(options.gpus or devices.count()):
             make_slot(client, name, report)
-        for entry in manifest["deployments"]:
-            wanted = specification(root, entry, manifest["pull"], kind)
-            register(client, wanted, entry.get("triggers", []), options, report)
+        for entry, specified in zip(entries, wanted, strict=True):
+            register(client, specified, entry.get("triggers", []), options, report)
         if options.notify == OFF:
             report.add("notifications", "removed" if automations.switch_off(client) else "unchanged")
         elif options.notify:

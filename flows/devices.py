@@ -81,9 +81,10 @@ def _acquire(stage: str, root: Path, say: Callable[[str], None]) -> UUID | None:
     import httpx
     from prefect.client.orchestration import get_client
 
-    note, waiting, deadline = work(NOTE, base=root), False, time.monotonic() + SERVER_AWAY_S
-    if note.is_file():  # one run at a time here: who wrote it is gone
-        _release(root, UUID(note.read_text(encoding="utf-8")))
+    waiting, deadline = False, time.monotonic() + SERVER_AWAY_S
+    left = _noted(root)
+    if left:  # one run at a time here: who wrote it is gone
+        _release(root, left)
     while True:
         try:
             with get_client(sync_client=True) as client:
@@ -93,8 +94,7 @@ def _acquire(stage: str, root: Path, say: Callable[[str], None]) -> UUID | None:
                     return None
                 given = client.increment_concurrency_slots_with_lease(wanted, 1, "concurrency", LEASE_S)
             lease = UUID(given.json()["lease_id"])
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.write_text(str(lease), encoding="utf-8")
+            _note(root, lease)
             return lease
         except httpx.HTTPStatusError as error:
             if error.response.status_code != httpx.codes.LOCKED:
@@ -106,6 +106,27 @@ def _acquire(stage: str, root: Path, say: Callable[[str], None]) -> UUID | None:
             if time.monotonic() > deadline:
                 raise
         time.sleep(POLL_S)
+
+
+def _note(root: Path, lease: UUID) -> None:
+    """Write the lease down whole or not at all: a disk may be full."""
+    path = work(NOTE, base=root)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(str(lease), encoding="utf-8")
+    part.replace(path)
+
+
+def _noted(root: Path) -> UUID | None:
+    """The lease that was written down. A note that is none is removed: its lease runs out by itself."""
+    path = work(NOTE, base=root)
+    try:
+        return UUID(path.read_text(encoding="utf-8").strip())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        path.unlink(missing_ok=True)
+        return None
 
 
 def _keep(lease: UUID, done: threading.Event) -> None:

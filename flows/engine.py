@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def flow_name() -> str | None:
-    """The flow of this process's run; None if the server does not answer."""
+    """The flow of this process's run; None if the server does not answer, or a proxy says so in its place."""
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
@@ -55,6 +55,10 @@ def flow_name() -> str | None:
             run = client.read_flow_run(os.environ[RUN])  # type: ignore[arg-type]
             return client.read_flow(run.flow_id).name
     except httpx.TransportError:
+        return None
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code < httpx.codes.INTERNAL_SERVER_ERROR:
+            raise
         return None
 
 

@@ -10,27 +10,24 @@ files, and the next call goes on.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import chdir
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flows import registered, retention
+from flows import data, registered, replaced, retention
+from flows.checkouts import GcRefused, refuse_busy
 from flows.environment import work
 from flows.registered import Registered
+from flows.replaced import DAY_S, Replaced
 from flows.retention import Policy, Verdict
 
 SCRATCH = re.compile(r"[0-9a-f]{16}")  # tasks/stage.py: .work/<stage>/<fingerprint of its inputs>
-DAY_S = 86400.0
-
-
-class GcRefused(RuntimeError):
-    """Nothing was deleted; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +50,7 @@ class Plan:
     """DVC's hash infos of everything that is kept."""
     unused: tuple[Unused, ...]
     scratch: tuple[tuple[Path, int], ...]
+    replaced: tuple[Replaced, ...]
     failed_runs: tuple[str, ...]
     registered: tuple[Registered, ...]
     warnings: tuple[str, ...]
@@ -72,18 +70,14 @@ class Plan:
 
 def plan(
     root: Path,
-    repo: Any,
+    projects: dict[Path, Any],
     policy: Policy,
     *,
     remote: str | None = None,
-    also: tuple[Path, ...] = (),
     shared: bool = False,
     failed_runs: bool = False,
 ) -> Plan:
-    """What would go. Changes nothing.
-
-    `repo` is of `project(root)`; `also` names other checkouts that share the cache or the remote. Worktrees
-    of this repository need no naming.
+    """What would go. Changes nothing. `projects`: what `checkouts.held` gives.
 
     Raises GcRefused or versions.VersionError.
     """
@@ -94,14 +88,20 @@ def plan(
         raise GcRefused(f"{error}. Which models are registered is not known, so nothing goes.") from None
     verdicts = retention.judge(root, policy, models)
     dropped = [verdict.version for verdict in verdicts if not verdict.reasons]
-    used, lost = _used(repo, retention.revisions(root, dropped))
-    siblings = retention.worktrees(root)
-    for other in dict.fromkeys([*siblings, *also]):
-        with project(other) as theirs:
+    repo, siblings = projects[root], {path.resolve() for path in retention.worktrees(root)}
+    used, lost = _used(_outs(repo, retention.revisions(root, dropped)))
+    for other, theirs in projects.items():
+        if other == root:
+            continue
+        with chdir(other):
             revisions = {} if other in siblings else retention.revisions(other, [])
-            more, missing = _used(theirs, revisions)
+            outs = chain(_outs(theirs, revisions), replaced.outs(theirs, replaced.pointers(other)))
+            more, missing = _used(outs)
         used, lost = used | more, [*lost, *missing]
     unfound = _keep_registered(repo.cache.local, models, verdicts, used)
+    before = replaced.judge(root, policy.keep_days, {info.value for info in used})
+    more, missing = _used(replaced.outs(repo, [version.pointer for version in before if version.reasons]))
+    used, lost = used | more, [*lost, *missing]
     stores = [("cache", repo.cache.local), *([(f"remote {remote}", _remote(repo, remote))] if remote else [])]
     outside = not Path(repo.cache.local.path).resolve().is_relative_to(root)
     obstacles = [f"{line}: `dvc pull` where it may be, or give up what names it" for line in lost]
@@ -120,6 +120,7 @@ def plan(
         used=frozenset(used),
         unused=tuple(_unused(name, odb, used) for name, odb in stores),
         scratch=tuple(_scratch(root, repo, policy.keep_days)),
+        replaced=tuple(before),
         failed_runs=_failed(mlflow, policy.keep_days, verdicts) if failed_runs and mlflow else (),
         registered=tuple(models),
         warnings=tuple(_warnings(remote, outside)),
@@ -127,17 +128,23 @@ def plan(
     )
 
 
-def carry_out(root: Path, repo: Any, made: Plan, *, remote: str | None = None) -> None:
-    """Delete what the plan says; hold `recovery.exclusive` and `project` from before the plan was made.
+def carry_out(root: Path, projects: dict[Path, Any], made: Plan, *, remote: str | None = None) -> None:
+    """Delete what the plan says. `projects`: of `checkouts.held`, alone, since before the plan was made.
 
-    Tags, then directories' listings, then files, then scratch. Raises GcRefused before anything is deleted.
+    Tags and pointers, then directories' listings, then files, then scratch. Raises GcRefused before anything
+    is deleted.
     """
+    for checkout in projects:
+        refuse_busy(checkout)
     if made.obstacles:
         raise GcRefused("\n".join(made.obstacles))
-    _refuse_busy(root)
+    repo = projects[root]
     for version in made.dropped:
         _note(root, f"git update-ref refs/tags/{version.tag} {version.commit}")
         retention.forget(root, version)
+    for version in made.replaced:
+        if not version.reasons:
+            version.pointer.unlink(missing_ok=True)
     _collect(repo.cache.local, made.used)
     if remote:
         from dvc_data.hashfile.db import get_index
@@ -151,25 +158,30 @@ def carry_out(root: Path, repo: Any, made: Plan, *, remote: str | None = None) -
         _delete_runs(root, made.failed_runs)
 
 
-def _used(repo: Any, names: dict[str, str]) -> tuple[set[Any], list[str]]:
-    """What the workspace and these commits need, and the directories whose listings are nowhere."""
+def _outs(repo: Any, names: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """DVC's outputs of the workspace and of these commits, each with who needs it."""
+    for revision in repo.brancher(revs=list(names), sha_only=True):
+        for out in repo.index.outs:
+            yield names.get(revision, "the workspace"), out
+
+
+def _used(outs: Iterable[tuple[str, Any]]) -> tuple[set[Any], list[str]]:
+    """DVC's hash infos of what is needed, and the directories whose listings are nowhere."""
     from dvc.exceptions import DvcException
 
     used: set[Any] = set()
     lost: list[str] = []
     known: set[str] = set()
     try:
-        for revision in repo.brancher(revs=list(names), sha_only=True):
-            for out in repo.index.outs:
-                md5 = out.hash_info.value if out.use_cache and out.hash_info else None
-                if not md5 or md5 in known or out.stage.is_repo_import:
-                    continue
-                known.add(md5)
-                if out.is_dir_checksum and out.get_dir_cache() is None:
-                    where = names.get(revision, "the workspace")
-                    lost.append(f"{where} needs {out}, and the list of its files ({md5}) is not to be found")
-                    continue
-                used.update(*out.get_used_objs().values())
+        for where, out in outs:
+            md5 = out.hash_info.value if out.use_cache and out.hash_info else None
+            if not md5 or md5 in known or out.stage.is_repo_import:
+                continue
+            known.add(md5)
+            if out.is_dir_checksum and out.get_dir_cache() is None:
+                lost.append(f"{where} needs {out}, and the list of its files ({md5}) is not to be found")
+                continue
+            used.update(*out.get_used_objs().values())
     except DvcException as error:
         raise GcRefused(f"what a revision needs cannot be read, so nothing goes: {error}") from error
     return used, lost
@@ -229,14 +241,14 @@ def _collect(odb: Any, used: frozenset[Any]) -> None:
 
 
 def _scratch(root: Path, repo: Any, keep_days: float) -> Iterator[tuple[Path, int]]:
-    """Journals and trainer checkpoints that no stage will take up again, and old logs.
+    """Journals and trainer checkpoints that no stage will take up again, old logs, what data/ was long ago.
 
     A stage that is not up to date may continue from its folder, so such folders stay while they are young.
     """
     old = time.time() - keep_days * DAY_S
     done = {stage.name for stage in repo.index.stages if stage.cmd and not stage.status()}
     for folder in sorted(work(base=root).glob("*/*")):
-        if folder.is_dir() and SCRATCH.fullmatch(folder.name):
+        if folder.is_dir() and (SCRATCH.fullmatch(folder.name) or folder.parent.name == data.ASIDE):
             files = [file for file in folder.rglob("*") if file.is_file()]
             newest = max((file.stat().st_mtime for file in files), default=folder.stat().st_mtime)
             if folder.parent.name in done or newest < old:
@@ -286,14 +298,6 @@ def _warnings(remote: str | None, outside: bool) -> Iterator[str]:
         )
 
 
-def _refuse_busy(root: Path) -> None:
-    """`dvc repro` by hand holds no lock of ours; DVC notes it in its rwlock."""
-    path = root / ".dvc" / "tmp" / "rwlock"
-    lock = json.loads(path.read_text(encoding="utf-8") or "{}") if path.is_file() else {}
-    if any(holders for entries in lock.values() for holders in entries.values()):
-        raise GcRefused("a DVC command is at work in this checkout (.dvc/tmp/rwlock): wait for it")
-
-
 def _note(root: Path, line: str) -> None:
     """Before a tag goes, how to put it back."""
     path = work("gc.log", base=root)
@@ -304,20 +308,3 @@ def _note(root: Path, line: str) -> None:
 
 def _remote(repo: Any, name: str) -> Any:
     return repo.cloud.get_remote_odb(name, "gc", hash_name="md5")
-
-
-@contextmanager
-def project(root: Path) -> Iterator[Any]:
-    """The DVC project with its lock held. Raises GcRefused if another DVC command has it."""
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo, lock_repo
-
-    try:
-        repo = Repo(str(root))
-        try:
-            with chdir(root), lock_repo(repo):
-                yield repo
-        finally:
-            repo.close()
-    except DvcException as error:
-        raise GcRefused(f"DVC: {error}") from error

@@ -5,7 +5,8 @@
     def retrain(...): ...
 
 A worker kills the process of a run that is cancelled. A run of `longview run` has no worker, and a worker may
-have died: the run looks at its own state every two seconds and stops itself, with everything that it started.
+have died: the run looks at its own state every two seconds and stops itself, with everything that it started;
+one of a deployment does so ten seconds later, as a worker comes first.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ longview deploy        # registers them all (flows/deploy.py)
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ class Options:
     """None keeps what is registered, at first what prefect.yaml says; `off` removes it.
 
     cron: when `retrain` starts. watch_s: seconds between two looks for new data. infrastructure: process,
-    docker or kubernetes, at first process. image: what containers run. gpus: devices of a worker.
+    docker or kubernetes, at first process. image: what containers run. gpus: devices of a worker. force: take
+    over the deployments of another checkout.
     """
 
     cron: str | None = None
@@ -42,6 +44,7 @@ class Options:
     infrastructure: str | None = None
     image: str | None = None
     gpus: int | None = None
+    force: bool = False
 
 
 @dataclass
@@ -94,6 +97,32 @@ def job_variables(root: Path, kind: str) -> dict[str, Any]:
         "kubernetes": {},
     }
     return places[kind]
+
+
+def place_of(job_variables: dict[str, Any]) -> str | None:
+    """The checkout where runs with these job variables work; None where their pool has it (Kubernetes)."""
+    mounted, volumes = f":{INSIDE}", job_variables.get("volumes", ())
+    mounts = [volume.removesuffix(mounted) for volume in volumes if volume.endswith(mounted)]
+    return job_variables.get("working_dir") or next(iter(mounts), None)
+
+
+def refuse_taken(client: SyncPrefectClient, root: Path, wanted: list[dict[str, Any]]) -> None:
+    """Raise DeployError if one of these deployments is registered from another checkout: its schedules and
+    triggers would from now on, and without a word, start runs in this one."""
+    from prefect.exceptions import ObjectNotFound
+
+    for each in wanted:
+        title = f"{each['flow_name']}/{each['name']}"
+        with suppress(ObjectNotFound):
+            place = place_of(client.read_deployment_by_name(title).job_variables)
+            if place and Path(place).resolve() != root.resolve():
+                raise DeployError(
+                    f"{title} of this Prefect server belongs to another checkout:\n"
+                    f"  registered:     {place}\n"
+                    f"  this checkout:  {root}\n"
+                    "  to use both:    a Prefect server each (PREFECT_API_URL; `longview up` starts one)\n"
+                    "  to take over:   longview deploy --force; runs then take place in this checkout alone"
+                )
 
 
 def schedule_of(*, active: bool = True, **values: Any) -> dict[str, Any]:

@@ -72,12 +72,12 @@ def import_folder(
     with _exclusive(work), _open_repo(root) as repo:
         with _writing(repo, root):
             _recover(repo, root, work)
-        _secure_current(repo, root, work)
+        _secure_current(repo, root)
         scan = _build(source, work, rules, image_root)
         quarantine = _quarantine(scan, root)
         _require_enough(scan, max_bad_share, quarantine)
         with _writing(repo, root):
-            replaced = _secure_current(repo, root, work)
+            replaced = _secure_current(repo, root)
             version = _swap(repo, root, work)
     return Imported(version, replaced, describe(scan), quarantine)
 
@@ -218,7 +218,7 @@ def _is_clean(repo: Repo, root: Path) -> bool:
     return out is not None and bool(out.hash_info) and not out.workspace_status()
 
 
-def _secure_current(repo: Repo, root: Path, work: Path) -> str | None:
+def _secure_current(repo: Repo, root: Path) -> str | None:
     """Make sure that the current data/ can be had again; returns its version, None if there is none."""
     data, out = root / DATA, _pointer_out(repo, root)
     filled = data.is_dir() and any(data.iterdir())
@@ -233,8 +233,17 @@ def _secure_current(repo: Repo, root: Path, work: Path) -> str | None:
     if filled and out.changed_cache():
         repo.add(str(data))
     version = str(out.hash_info.value)
-    shutil.copyfile(root / POINTER, work / f"{version}.pointer")
+    keep_pointer(root, version)
     return version
+
+
+def keep_pointer(root: Path, version: str) -> None:
+    """Keep data.dvc, which names this version, before another takes its place: the way back."""
+    path = root / WORK / f"{version}.pointer"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    shutil.copyfile(root / POINTER, part)
+    part.replace(path)
 
 
 def _swap(repo: Repo, root: Path, work: Path) -> str:

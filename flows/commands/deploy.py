@@ -48,6 +48,9 @@ Image = Annotated[
 Gpus = Annotated[
     int | None, typer.Option("--gpus", min=1, help="GPU slots; as many as this machine has if left out.")
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Take the deployments over from another checkout on this server.")
+]
 
 
 def deploy(
@@ -59,10 +62,12 @@ def deploy(
     on: On = None,
     image: Image = None,
     gpus: Gpus = None,
+    force: Force = False,
 ) -> None:
     """Register this checkout with the Prefect server: deployments, schedules, triggers, notifications.
 
-    An option left out keeps what is registered. Running it again changes nothing.
+    An option left out keeps what is registered. Running it again changes nothing. Refused where the server
+    has the deployments of another checkout: runs that they start would take place here from then on.
 
     Examples:
 
@@ -73,6 +78,8 @@ def deploy(
         longview deploy --drop ~/inbox --notify ntfy://ntfy.sh/my-topic
 
         longview deploy --on kubernetes --image registry.example.com/longview:1
+
+        longview deploy --force            # the checkout was moved, or this one takes over
     """
     from pathlib import Path
 
@@ -83,7 +90,7 @@ def deploy(
     if drop and drop != OFF:
         folder = Path(drop).expanduser().resolve()  # inside the checkout containers see it, too
         drop = str(folder.relative_to(root()) if folder.is_relative_to(root()) else folder)
-    options = Options(cron, timezone, watch, drop, notify, on and on.value, image, gpus)
+    options = Options(cron, timezone, watch, drop, notify, on and on.value, image, gpus, force)
     try:
         typer.echo(f"Prefect: {deployments.server().removesuffix('/api')}")
         report = deployments.deploy(root(), options)

@@ -43,8 +43,9 @@ def gc(
 
     A run stays if it is one of the newest, young, pinned, what the workspace is, or trained a version that
     has an alias or was champion once. Also kept: whatever the workspace, a branch, a tag of yours or a
-    worktree needs. Refused while a run is alive in this checkout, and where it cannot be known what
-    something kept needs.
+    worktree needs, and data that an import replaced in these days. Refused while a run is alive in this
+    checkout, in a worktree or in one that --also names, and where it cannot be known what something kept
+    needs.
 
     Examples:
 
@@ -56,32 +57,28 @@ def gc(
 
         longview gc --pin run/20261123-1a2b3c4d
     """
+    from flows import checkouts, recovery, retention, versions
     from flows import gc as collector
-    from flows import recovery, retention, versions
     from flows.environment import root
     from flows.pipeline import PipelineError
 
     base = root()
     policy = retention.Policy(keep_runs, keep_days)
-    others = tuple(path.expanduser().resolve() for path in also or [])
-    options: dict[str, Any] = {"remote": remote, "also": others, "shared": shared, "failed_runs": failed_runs}
+    others = [path.expanduser() for path in also or []]
+    options: dict[str, Any] = {"remote": remote, "shared": shared, "failed_runs": failed_runs}
     try:
         if pin or unpin:
             version = retention.pin(base, pin) if pin else retention.unpin(base, str(unpin))
             typer.echo(f"{version.tag}: {'pinned' if pin else 'no longer pinned'}")
             return
-        if not yes:
-            with collector.project(base) as repo:
-                _show(collector.plan(base, repo, policy, **options))
-            typer.echo("nothing was deleted: the same with --yes deletes")
-            return
-        with recovery.exclusive(base), collector.project(base) as repo:
-            plan = collector.plan(base, repo, policy, **options)
+        with checkouts.held(base, others, alone=yes) as projects:
+            plan = collector.plan(base, projects, policy, **options)
             _show(plan)
-            collector.carry_out(base, repo, plan, remote=remote)
-        typer.echo("deleted")
+            if yes:
+                collector.carry_out(base, projects, plan, remote=remote)
+        typer.echo("deleted" if yes else "nothing was deleted: the same with --yes deletes")
     except (
-        collector.GcRefused,
+        checkouts.GcRefused,
         recovery.BusyError,
         versions.VersionError,
         PipelineError,
@@ -94,8 +91,9 @@ def _show(plan: Any) -> None:
     from flows.lineage_view import readable
 
     for verdict in plan.verdicts:
-        fate = f"stays: {', '.join(verdict.reasons)}" if verdict.reasons else "GOES: nothing keeps it"
-        typer.echo(f"{verdict.version.tag}  data {verdict.version.data[:8]}  {fate}")
+        typer.echo(f"{verdict.version.tag}  data {verdict.version.data[:8]}  {_fate(verdict)}")
+    for version in plan.replaced:
+        typer.echo(f"data {version.md5[:8]}  {_fate(version)}")
     for store in plan.unused:
         typer.echo(f"{store.store}: {len(store.md5s)} of {store.total} objects, {readable(store.size)}")
     for path, size in plan.scratch:
@@ -107,3 +105,7 @@ def _show(plan: Any) -> None:
         typer.echo(f"note: {warning}")
     for obstacle in plan.obstacles:
         typer.echo(f"in the way: {obstacle}")
+
+
+def _fate(judged: Any) -> str:
+    return f"stays: {', '.join(judged.reasons)}" if judged.reasons else "GOES: nothing keeps it"

@@ -126,6 +126,26 @@ def test_deploying_twice_changes_nothing(deployed: Path) -> None:
     assert not read("retrain").schedules and not read("data-watch").parameters
 
 
+@pytest.mark.parametrize("kind", ["process", "docker"])
+def test_another_checkout_takes_deployments_over_only_when_told_to(
+    deployed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    from flows.registration import DeployError, place_of
+
+    deploy(deployed, cron="0 3 * * *", infrastructure=kind)
+    before = read("retrain")
+    other = shutil.copytree(deployed, tmp_path / "other")
+    monkeypatch.setenv("LONGVIEW_ROOT", str(other))
+    monkeypatch.chdir(other)
+    with pytest.raises(DeployError, match="--force") as refused:
+        deploy(other, cron="off")
+    assert str(deployed) in str(refused.value) and str(other) in str(refused.value)
+    assert read("retrain") == before
+    assert deploy(other, force=True)["retrain/retrain"] == "changed"
+    assert place_of(read("retrain").job_variables) == str(other) and read("retrain").schedules
+    assert set(deploy(other).values()) == {"unchanged"}
+
+
 def test_a_server_that_forgets_reservations_is_pointed_out(
     deployed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -391,6 +411,9 @@ def test_a_killed_run_does_not_keep_its_device(deployed: Path, prefect_server: s
     with devices.held("dpo", deployed, said.append):
         assert not said and (deployed / ".work" / devices.NOTE).is_file()
     assert not (deployed / ".work" / devices.NOTE).exists()
+    (deployed / ".work" / devices.NOTE).touch()  # as a full disk leaves it
+    with devices.held("dpo", deployed, said.append):
+        assert not said
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import chdir
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,6 @@ def objects(project: Path) -> set[Path]:
 
 def spoil(path: Path) -> None:
     """One flipped byte; size and time as they were."""
-    import os
-
     info = path.stat()
     content = bytearray(path.read_bytes())
     content[0] ^= 1
@@ -235,6 +234,10 @@ def test_gc_deletes_what_nothing_needs_and_every_kept_run_can_be_restored(
     scratch = project / ".work/first/0123456789abcdef"
     scratch.mkdir(parents=True)
     (scratch / "checkpoint").write_bytes(b"x" * 1000)
+    aside = project / ".work/data_watch/data"  # as flows/data_watch.py leaves it
+    aside.mkdir(parents=True)
+    (aside / "records.jsonl").write_text("half")
+    assert str(aside) not in longview("gc", "--keep-runs", "1").stdout, "it is young"
     policy = ("--keep-runs", "1", "--keep-days", "0")
     before = objects(project)
     shown = longview("gc", *policy, "--remote", "local")
@@ -247,7 +250,7 @@ def test_gc_deletes_what_nothing_needs_and_every_kept_run_can_be_restored(
     assert done.exit_code == 0 and "deleted" in done.stdout, done.output
     assert [v.tag for v in versions.versions(project)] == [runs[2].tag, runs[0].tag]
     gone = before - objects(project)
-    assert gone and not scratch.exists()
+    assert gone and not scratch.exists() and not aside.exists()
     remote = {path.name for path in (project / ".work/remote").rglob("*") if path.is_file()}
     assert not remote & {path.name for path in gone}
     assert remote < {path.name for path in objects(project)}  # HEAD's own data was never pushed
@@ -272,6 +275,45 @@ def test_gc_keeps_pins_branches_and_worktrees(project: Path, runs: list[RunVersi
     assert "cache: 0 of" in longview(*policy).stdout
 
 
+def test_gc_keeps_what_an_import_promised_back(project: Path, runs: list[RunVersion], tmp_path: Path) -> None:
+    from flows import data
+    from tasks import data_import
+
+    policy = ("gc", "--keep-runs", "1", "--keep-days", "7", "--yes")
+    for number, text in enumerate(("mine", "others'", "newer")):
+        (project / "data/records.jsonl").write_text(text)
+        dvc(project, "add", "data")
+        if number < 2:
+            data_import.keep_pointer(project, str(data.version(project)))
+    mine, other = sorted(project.glob(".work/data_import/*.pointer"), key=lambda path: path.stat().st_mtime)
+    beside = tmp_path / "beside/.work/data_import" / other.name
+    git(project, "worktree", "add", "-q", "--detach", str(tmp_path / "beside"))
+    dvc(tmp_path / "beside", "cache", "dir", str(project / ".dvc/cache"), "--local")
+    beside.parent.mkdir(parents=True)
+    other.rename(beside)
+    os.utime(beside, (0, 0))
+    shown = longview(*policy)
+    assert shown.exit_code == 0 and f"data {mine.stem[:8]}  stays: replaced by an import" in shown.stdout
+    os.utime(mine, (0, 0))
+    back = {text: data_of(project, pointer) for text, pointer in (("mine", mine), ("others'", beside))}
+    assert back == {text: text for text in back}
+    shown = longview(*policy)
+    assert shown.exit_code == 0 and f"data {mine.stem[:8]}  GOES" in shown.stdout and not mine.exists()
+    assert data_of(project, beside) == "others'", "the other checkout's: gc there decides"
+    assert not (project / ".dvc/cache/files/md5" / mine.stem[:2] / mine.stem[2:]).exists()
+
+
+def data_of(project: Path, pointer: Path) -> str:
+    """The records that a pointer leads back to; data/ is as before then."""
+    now = (project / "data.dvc").read_bytes()
+    shutil.copy(pointer, project / "data.dvc")
+    dvc(project, "checkout", "--force", "data.dvc")
+    text = (project / "data/records.jsonl").read_text()
+    (project / "data.dvc").write_bytes(now)
+    dvc(project, "checkout", "--force", "data.dvc")
+    return text
+
+
 def test_gc_refuses_where_it_cannot_know(project: Path, runs: list[RunVersion]) -> None:
     policy = ("gc", "--keep-runs", "1", "--keep-days", "0", "--yes")
     before = objects(project)
@@ -287,3 +329,45 @@ def test_gc_refuses_where_it_cannot_know(project: Path, runs: list[RunVersion]) 
     unknown = longview(*policy)
     assert unknown.exit_code == 1 and "cannot be asked" in unknown.stderr
     assert objects(project) == before and len(versions.versions(project)) == 3
+
+
+@contextmanager
+def at_work(project: Path) -> Iterator[None]:
+    """A DVC command's note that a stage of it runs, as `dvc repro` leaves it, for a process that lives."""
+    lock = project / ".dvc/tmp/rwlock"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        lock.write_text(json.dumps({"write": {"artifacts/side": {"pid": process.pid, "cmd": "dvc repro"}}}))
+        yield
+        process.kill()
+    lock.unlink()
+
+
+def test_gc_waits_for_runs_of_other_checkouts(
+    project: Path, runs: list[RunVersion], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import checkouts
+
+    policy = ("gc", "--keep-runs", "1", "--keep-days", "0")
+    beside, clone, before = tmp_path / "beside", tmp_path / "clone", objects(project)
+    git(project, "worktree", "add", "-q", "--detach", str(beside))
+    subprocess.run(["git", "clone", "-q", "--no-tags", str(project), str(clone)], check=True)
+    for folder, also in ((beside, ()), (clone, ("--also", str(clone)))):
+        dvc(folder, "cache", "dir", str(project / ".dvc/cache"), "--local")
+        with recovery.exclusive(folder):
+            monkeypatch.setenv("LONGVIEW_ROOT", str(project))  # the run is another process
+            assert longview(*policy, *also).exit_code == 0, "a look is none of its business"
+            busy = longview(*policy, *also, "--yes")
+        assert busy.exit_code == 1 and f"{folder}: another run" in busy.stderr
+        with at_work(folder):
+            busy = longview(*policy, *also, "--yes")
+        assert busy.exit_code == 1 and f"a DVC command is at work in {folder}" in busy.stderr
+        assert objects(project) == before and len(versions.versions(project)) == 3
+    with checkouts.held(project, [clone], alone=True) as projects:
+        assert set(projects) == {project, beside, clone}
+        for folder in projects:
+            with pytest.raises(recovery.BusyError), recovery.exclusive(folder):
+                pass
+    nowhere = longview(*policy, "--also", str(tmp_path / "nowhere"), "--yes")
+    assert nowhere.exit_code == 1 and "is no checkout" in nowhere.stderr
+    assert longview(*policy, "--also", str(project), "--also", str(clone), "--yes").exit_code == 0
+    assert objects(project) < before
