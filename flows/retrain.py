@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, chdir, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 from uuid import UUID
 
 from prefect import flow, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.runtime import deployment, flow_run
+from prefect.states import Completed
 from pydantic import Field
 
 from flows import (
@@ -49,6 +51,8 @@ from tasks.params import ParamsError
 from tasks.tracking import TrackingError
 
 TABLE = Path("artifacts/compare/table.md")
+SUPERSEDED = "Superseded"
+"""Prefect's name for the end of a triggered run that newer data overtook: completed, and no notification."""
 REPORT = Path("artifacts/report/report.html")
 
 
@@ -111,11 +115,18 @@ def retrain(
     with chdir(root), recovery.exclusive(root, wait=queued) as cleaned, _noted(root):
         for sentence in cleaned:
             say(sentence)
+        if data_version:
+            try:
+                data.require(root, data_version)
+            except data.DataError as error:
+                if not _triggered():
+                    raise
+                say(str(error))
+                message = f"data version {data_version} was overtaken: data.dvc names {data.version(root)}"
+                return cast(Any, Completed(name=SUPERSEDED, message=message))
         asked = {**flow_run.parameters, "hardware": os.environ.get(launch.VARIABLE)}
         asked.pop("force")  # would drop edits made since
         write_note(root, asked=asked)  # for one that continues it
-        if data_version:
-            data.require(root, data_version)
         prepare(root, profile_name, rounds, seed, force=force)
         version = ensure_data(str(root))
         with pipeline.opened(root):
@@ -154,6 +165,13 @@ def retrain(
         if executed:
             notify.finished(root, done, time.monotonic() - began, state)
         return asdict(done)
+
+
+def _triggered() -> bool:
+    """Whether new data started this run, not a person: overtaken by newer data, it has nothing to do."""
+    context = FlowRunContext.get()
+    maker = context.flow_run.created_by if context and context.flow_run else None
+    return maker is not None and maker.type == "AUTOMATION"
 
 
 def prepare(

@@ -126,7 +126,7 @@ def _show_versions(found: list[DataVersion]) -> None:
         table.add_row(
             "*" if version.in_use else "",
             version.md5[:8],
-            version.since[:16].replace("T", " ") if version.since else "no run yet",
+            version.since[:10] if version.since else "no run yet",
             decimal(version.size) if version.size is not None else "?",
             f"{version.records:,}" if version.records is not None else "not in the cache",
             version.kind or "",

@@ -481,6 +481,23 @@ def test_a_worker_runs_what_is_asked_for(deployed: Path, prefect_server: str) ->
     assert executed(deployed) == ["first"]
 
 
+def test_a_triggered_run_that_newer_data_overtook_has_nothing_to_do(
+    deployed: Path, prefect_server: str
+) -> None:
+    from prefect.events import emit_event
+
+    from flows.data_watch import CHANGED, RESOURCE
+
+    deploy(deployed)
+    emit_event(CHANGED, resource=RESOURCE, payload={"md5": "0" * 32 + ".dir"})
+    wait_for(lambda: runs("retrain"))
+    with worker_of(deployed, prefect_server) as (_, log):
+        wait_for(lambda: "exited cleanly" in log.read_text(), timeout_s=60)
+    (run,) = runs("retrain")
+    assert run.state.name == "Superseded" and run.state.is_completed() and not executed(deployed)
+    assert "was overtaken: data.dvc names" in run.state.message
+
+
 def test_a_run_outlives_its_worker(deployed: Path, prefect_server: str) -> None:
     from prefect.deployments import run_deployment
 
