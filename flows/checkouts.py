@@ -6,7 +6,6 @@ with held(root, [], alone=True) as projects:        # {checkout: its DVC project
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
@@ -67,12 +66,3 @@ def project(root: Path) -> Iterator[Any]:
             repo.close()
     except DvcException as error:
         raise GcRefused(f"DVC in {root}: {error}") from error
-
-
-def refuse_busy(root: Path) -> None:
-    """`dvc repro` by hand holds no lock of ours, and not DVC's while its stage runs; DVC's rwlock names it.
-    Raises GcRefused."""
-    path = root / ".dvc" / "tmp" / "rwlock"
-    lock = json.loads(path.read_text(encoding="utf-8") or "{}") if path.is_file() else {}
-    if any(holders for entries in lock.values() for holders in entries.values()):
-        raise GcRefused(f"a DVC command is at work in {root} (.dvc/tmp/rwlock): wait for it")

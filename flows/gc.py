@@ -20,8 +20,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from flows import data, registered, replaced, retention
-from flows.checkouts import GcRefused, refuse_busy
+from flows import data, recovery, registered, replaced, retention
+from flows.checkouts import GcRefused
 from flows.environment import work
 from flows.registered import Registered
 from flows.replaced import DAY_S, Replaced
@@ -135,7 +135,7 @@ def carry_out(root: Path, projects: dict[Path, Any], made: Plan, *, remote: str 
     is deleted.
     """
     for checkout in projects:
-        refuse_busy(checkout)
+        recovery.refuse_dvc(checkout)
     if made.obstacles:
         raise GcRefused("\n".join(made.obstacles))
     repo = projects[root]

@@ -127,6 +127,15 @@ def repair_rwlock(root: Path) -> list[str]:
     return ["released DVC locks held by processes that are gone"]
 
 
+def refuse_dvc(root: Path) -> None:
+    """Raises BusyError while a DVC command is at work: one by hand holds no lock of ours, and not DVC's own
+    while its stage runs; DVC's rwlock names it."""
+    path = root / ".dvc" / "tmp" / "rwlock"
+    lock = json.loads(path.read_text(encoding="utf-8") or "{}") if path.is_file() else {}
+    if any(holders for entries in lock.values() for holders in entries.values()):
+        raise BusyError(f"a DVC command is at work in {root} (.dvc/tmp/rwlock): wait for it")
+
+
 def _holds(pid: int, written: float) -> bool:
     """Whether a process that wrote an entry before `written` (seconds since 1970) can still be this one."""
     import psutil

@@ -59,6 +59,7 @@ def restore(root: Path, name: str, *, with_code: bool = False, force: bool = Fal
     with chdir(root), recovery.exclusive(root) as cleaned, hashing.once(outputs=True) as hashes:
         for sentence in cleaned:
             say(sentence)
+        recovery.refuse_dvc(root)
         every = versions.versions(root)
         target = versions.resolve(root, name, every)
         before = next((v.tag for v in every if v.tag.endswith(f"-{versions.identity(root)}")), None)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import chdir
@@ -19,6 +20,7 @@ import pytest
 from click.testing import Result
 
 from flows import data, pipeline, restoring, versions
+from flows.recovery import BusyError
 from flows.restoring import RollbackError
 from flows.versions import Facts, RunVersion
 from tests.support.mini import REPOSITORY, executed, flow_environment, make_project
@@ -167,6 +169,23 @@ def test_other_code_is_named_and_restored_only_if_asked(project: Path, runs: lis
         restoring.restore(project, runs[0].tag, with_code=True)
     done = restoring.restore(project, runs[0].tag, with_code=True, force=True)
     assert done.code == ("stage.py",) and stage.read_text() == theirs and is_clean(project)
+
+
+def test_while_dvc_runs_a_stage_nothing_is_taken_from_under_it(project: Path, runs: list[RunVersion]) -> None:
+    (project / "control/side.hang").touch()
+    by_hand = subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", "side", "-q"], cwd=project
+    )
+    before = executed(project)
+    while executed(project) == before:
+        assert by_hand.poll() is None
+        time.sleep(0.05)
+    with pytest.raises(BusyError, match="a DVC command is at work"):
+        restoring.restore(project, runs[0].tag)
+    (project / "control/side.hang").unlink()
+    assert by_hand.wait(60) == 0
+    restoring.restore(project, runs[0].tag)
+    assert is_clean(project)
 
 
 def test_killed_on_its_way_the_same_again_finishes_it(project: Path, runs: list[RunVersion]) -> None:
