@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from models import vlm
 from models.distributed import compile_nothing, first, form, processes, whole, zero_stage
 from models.families import FamilyError, of_model
 from models.folders import drop
@@ -60,18 +61,12 @@ class Budget:
 
 
 def quiet() -> None:
-    """Before TRL is imported: no progress bars of single files, no word of DeepSpeed that there is no GPU,
-    none of transformers on the padding token of a config that it builds of defaults at every save."""
-    from transformers import logging as transformers
-
-    transformers.disable_progress_bar()
+    """Before TRL is imported: no word of DeepSpeed that there is no GPU, none of bitsandbytes that a hub has
+    something faster for weights in 4 bits, which nothing here downloads."""
+    vlm.quiet()
     if not _has_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("transformers.configuration_utils").addFilter(_not_of_defaults)
-
-
-def _not_of_defaults(record: logging.LogRecord) -> bool:
-    return "Model config: pad_token_id must be" not in record.getMessage()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def divided(budget: Budget, count: int) -> Budget:

@@ -9,6 +9,7 @@ first user text: every chain and every sample of a question then shares the same
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +46,19 @@ class Conversation:
     turns: Sequence[tuple[str, str]]
 
 
+def quiet() -> None:
+    """No progress bars of single files, and no word of transformers on the padding token of a config that it
+    builds of defaults at every load and save."""
+    from transformers import logging as transformers
+
+    transformers.disable_progress_bar()
+    logging.getLogger("transformers.configuration_utils").addFilter(_not_of_defaults)
+
+
+def _not_of_defaults(record: logging.LogRecord) -> bool:
+    return "Model config: pad_token_id must be" not in record.getMessage()
+
+
 def load(
     checkpoint: str | Path, dtype: str = "float32", revision: str | None = None, **options: Any
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -55,9 +69,9 @@ def load(
     Raises FamilyError for a model of no family that is known (models.families), BaseChangedError for an
     adapter whose base is another one now.
     """
-    from transformers import AutoModelForImageTextToText, logging
+    from transformers import AutoModelForImageTextToText
 
-    logging.disable_progress_bar()
+    quiet()
     options |= {"revision": revision} if revision else {}
     if is_adapter(checkpoint):
         from peft import PeftModel
@@ -85,9 +99,7 @@ def load_processor(checkpoint: str | Path, revision: str | None = None) -> Proce
 def save(model: PreTrainedModel, processor: ProcessorMixin, folder: str | Path) -> None:
     """An ordinary Hugging Face checkpoint with nothing in it that changes from run to run; of a model with an
     adapter, the adapter."""
-    from transformers import logging
-
-    logging.disable_progress_bar()
+    quiet()
     if hasattr(model, "peft_config"):
         model.save_pretrained(folder, selected_adapters=["default"], save_embedding_layers=False)
         note_base(folder)
