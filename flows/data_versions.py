@@ -80,7 +80,7 @@ class Difference:
 def listing(root: Path) -> list[DataVersion]:
     """Every version that a run was trained on, newest first, and the one in use."""
     every, here = versions.versions(root), data.version(root)
-    registry = registered.versions(registered.client(root))
+    registry = registered.versions(root, registered.client(root))
     order = list(dict.fromkeys([*([here] if here else []), *(version.data for version in every)]))
     found = []
     with objects.opened(root) as stored:

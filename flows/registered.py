@@ -6,10 +6,14 @@ python -m flows.registered        # every registered version, its aliases and th
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tasks.promote import Params
 
 
 class RegistryUnknown(RuntimeError):
@@ -41,6 +45,15 @@ class Registered:
         )
 
 
+def settings(root: Path) -> Params:
+    """What `promote` of params.yaml says: among it the model, and the alias of its champion. Defaults where a
+    pipeline has no such section. Raises ParamsError."""
+    from tasks import params, promote
+
+    with chdir(root):
+        return params.load("promote", promote.Params) if "promote" in params.read() else promote.Params()
+
+
 def client(root: Path) -> Any | None:
     """MLflow's client, also where LONGVIEW_TRACKING=off (that stops recording, not looking).
 
@@ -58,14 +71,18 @@ def client(root: Path) -> Any | None:
             raise RegistryUnknown(f"MLflow at {uri} cannot be asked: {error}") from error
 
 
-def versions(found: Any | None) -> list[Registered]:
-    """Every registered version of every model that Longview promoted. Raises RegistryUnknown."""
+def versions(root: Path, found: Any | None) -> list[Registered]:
+    """Every registered version of every model that Longview promoted; `found`: of `client(root)`.
+
+    Raises RegistryUnknown.
+    """
     if found is None:
         return []
     try:
+        champion = settings(root).alias
         models = [model for page in _pages(found.search_registered_models) for model in page]
         return [
-            _registered(version, {a: str(v) for a, v in model.aliases.items()}, _champions(model.tags))
+            _registered(version, _aliases(model, champion), _champions(model.tags))
             for model in models
             for page in _pages(found.search_model_versions, f"name = '{model.name}'")
             for version in page
@@ -84,6 +101,13 @@ def _pages(search: Any, *arguments: str) -> Any:
             return
 
 
+def _aliases(model: Any, champion: str) -> Mapping[str, str]:
+    """The version number of each alias that names one."""
+    from tasks.registry import meant
+
+    return meant({alias: str(number) for alias, number in model.aliases.items()}, champion)
+
+
 def _champions(tags: dict[str, str]) -> set[str]:
     """The versions that were champion, by the history that tasks/promotion.py keeps."""
     from tasks.registry import CHANGE
@@ -92,7 +116,7 @@ def _champions(tags: dict[str, str]) -> set[str]:
     return {str(change[side]) for change in changes for side in ("before", "after") if change[side]}
 
 
-def _registered(version: Any, aliases: dict[str, str], champions: set[str]) -> Registered:
+def _registered(version: Any, aliases: Mapping[str, str], champions: set[str]) -> Registered:
     tags = version.tags
     named = {"reasoning": tags.get("checkpoint_md5"), "summary": tags.get("summary_md5")}
     return Registered(
@@ -109,7 +133,7 @@ def main() -> None:
     """Print the registry."""
     from flows.environment import root
 
-    for version in versions(client(root())):
+    for version in versions(root(), client(root())):
         print(version.name, version.generation, version.checkpoints)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from httpx import HTTPStatusError
 
+from tests.support.accounts import refuse_deletes
 from tests.support.mini import executed, flow_environment
 
 pytestmark = pytest.mark.flows
@@ -225,7 +226,10 @@ def test_a_person_approves_on_the_form(gated: Path) -> None:
     assert "multi_agent is champion now" in summary_artifact()
 
 
-def test_a_person_rejects_by_the_command_and_is_not_asked_again(gated: Path) -> None:
+def test_a_person_rejects_by_the_command_and_is_not_asked_again(
+    gated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_deletes(monkeypatch)  # it need not be who registered the first candidate
     with_approval(gated)
 
     def reject() -> Any:

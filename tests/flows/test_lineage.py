@@ -93,6 +93,8 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run
             candidate = promotion.Candidate("r2", agents, answers, {"promoted_over": "base"})
             version = promotion.register(registry, candidate, renew=True)
             promotion.promote(registry, version, "gate", "the first")
+            # As it is left of a wait: on the champion it names nobody.
+            registry.client.set_registered_model_alias(registry.model, "challenger", version.number)
         answers.unlink()
     return project, runs
 
