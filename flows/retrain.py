@@ -36,6 +36,7 @@ from flows import (
     profile,
     recovery,
     run_view,
+    settled,
     versions,
 )
 from flows.dpo_rounds import run_rounds
@@ -137,7 +138,8 @@ def retrain(
             with pipeline.opened(root):
                 check_nothing_stale(str(root), names)
                 recovery.keep_lock_file(root)
-                pushed = push(str(root)) if executed or held.get("unfinished") else 0
+                left = until is None and not carried_out(root)
+                pushed = push(str(root)) if executed or held.get("unfinished") or left else 0
             made = None
             if until is None:  # half a pipeline is no version
                 facts = versions.Facts(
@@ -202,6 +204,14 @@ def check_nothing_stale(root: str, names: list[str]) -> None:
             f"{', '.join(stale)}: stale after the run, so code, params.yaml or data/ changed meanwhile. "
             "Run again: only what the change touches will run."
         )
+
+
+def carried_out(root: Path) -> bool:
+    """Whether what is here is a version, and its decision in the registry: then the remote has its files.
+
+    It need not be so because no stage ran now: `dvc repro` runs them by hand.
+    """
+    return not versions.is_new(root) and settled.is_settled(root)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)

@@ -274,6 +274,23 @@ def test_a_wait_outlives_the_run_and_takes_the_answer_left_for_it(gated: Path, p
     assert late.exit_code == 1 and "nothing waits" in late.output
 
 
+def test_a_decision_made_by_hand_is_pushed_before_it_is_carried_out(
+    gated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline, retrain, settled, versions
+
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=gated, check=True)
+    made = versions.record(gated, versions.Facts("x.dir", "embedded"))  # as by a run that was killed then
+    pushed = []
+    monkeypatch.setattr(pipeline, "push", lambda root: pushed.append(registry().champion()) or 1)
+    done = run()
+    assert done["ran"] == [] and made and done["tag"] == made.tag
+    assert pushed == [None] and registry().champion().number == "1", "pushed, and then champion"
+    assert settled.is_settled(gated) and retrain.carried_out(gated)
+    run()
+    assert len(pushed) == 1
+
+
 def test_list_and_roll_back(gated: Path) -> None:
     for md5, over in (("1", ""), ("2", "1")):
         want(gated, md5, over=over)
