@@ -101,7 +101,7 @@ def retrain(
     Args:
         profile_name: A file of profiles/, by name. None keeps the one in params.yaml.
         rounds: Number of preference rounds. None keeps it.
-        until: The last stage to run: `judge`, `dpo@r2`, or `dpo` for all of them.
+        until: The last stage to run: `judge`, `dpo@r2`, or `dpo` for all of them. Makes no version.
         force: Drop edits of params.yaml that another profile would overwrite.
         stage_timeout_s: Seconds that one stage may take.
         data_version: Run only if this is the data version: its md5, or six digits of it or more.
@@ -140,15 +140,18 @@ def retrain(
                 recovery.keep_lock_file(root)
                 left = until is None and not carried_out(root)
                 pushed = push(str(root)) if executed or held.get("unfinished") or left else 0
-            made = None
-            if until is None:  # half a pipeline is no version
+            made: versions.RunVersion | None = None
+            state: str | None = None
+            if until is None:  # half a pipeline is no version, and only what a version holds becomes champion
                 facts = versions.Facts(
                     version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
                 )
                 made = record(str(root), facts)
-            state = approval.settle(root, made) if "promote" in names else None
-            if until is None:
+                state = approval.settle(root, made) if "promote" in names else None
                 run_view.publish(root, parent.opened, facts, made)
+            elif "promote" in names and not settled.is_settled(root):
+                state = "left"
+                say(settled.LEFT)
             publish(root, parent.opened)
             write_note(root, unfinished=None, asked=None)
         tag = made.tag if made else None

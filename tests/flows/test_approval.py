@@ -291,6 +291,23 @@ def test_a_decision_made_by_hand_is_pushed_before_it_is_carried_out(
     assert len(pushed) == 1
 
 
+def test_until_makes_no_champion_without_a_version(gated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows import settled
+    from flows.retrain import retrain
+
+    done = retrain(until="promote")
+    assert done["ran"] == ["promote"] and done["tag"] is None and settled.LEFT in capsys.readouterr().out
+    assert "next: `longview run` makes it a version" in summary_artifact()
+    again = longview("run", "--until", "promote")
+    assert (
+        again.exit_code == 0 and "everything is up to date" in again.output and settled.LEFT in again.output
+    )
+    assert registry().versions() == [] and not settled.is_settled(gated)
+    whole = run()
+    champion = registry().champion()
+    assert champion.tags["run"] == whole["tag"] and champion.tags["commit"]
+
+
 def test_list_and_roll_back(gated: Path) -> None:
     for md5, over in (("1", ""), ("2", "1")):
         want(gated, md5, over=over)
