@@ -6,14 +6,15 @@ python -m flows.registered        # every registered version, its aliases and th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from contextlib import chdir
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tasks.promote import Params
+    from tasks.registry import Registry
 
 
 class RegistryUnknown(RuntimeError):
@@ -54,6 +55,17 @@ def settings(root: Path) -> Params:
         return params.load("promote", promote.Params) if "promote" in params.read() else promote.Params()
 
 
+def registry(root: Path) -> Registry | None:
+    """The registry of this checkout, with the model and the alias that params.yaml names; to be asked from
+    within the checkout. None: it has no store yet."""
+    from tasks.registry import Registry
+
+    if not _has_store():
+        return None
+    found = settings(root)
+    return Registry(found.model, found.alias)
+
+
 def client(root: Path) -> Any | None:
     """MLflow's client, also where LONGVIEW_TRACKING=off (that stops recording, not looking).
 
@@ -61,14 +73,31 @@ def client(root: Path) -> Any | None:
     """
     from tasks import tracking
 
+    with asking(root):
+        return tracking.client() if _has_store() else None
+
+
+@contextmanager
+def asking(root: Path) -> Iterator[None]:
+    """A block that asks MLflow, from within the checkout: whatever it raises is RegistryUnknown."""
+    from tasks import tracking
+    from tasks.params import ParamsError
+
     with chdir(root):
-        uri = tracking.tracking_uri()
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-            return None
         try:
-            return tracking.client()
+            yield
+        except ParamsError as error:
+            raise RegistryUnknown(f"which model is meant is not known: {error}") from error
         except Exception as error:  # a database's or a server's own: all mean the same here
-            raise RegistryUnknown(f"MLflow at {uri} cannot be asked: {error}") from error
+            raise RegistryUnknown(f"MLflow at {tracking.tracking_uri()} cannot be asked: {error}") from error
+
+
+def _has_store() -> bool:
+    """False before the first run of a checkout with a store of its own."""
+    from tasks import tracking
+
+    uri = tracking.tracking_uri()
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def versions(root: Path, found: Any | None) -> list[Registered]:
@@ -78,7 +107,7 @@ def versions(root: Path, found: Any | None) -> list[Registered]:
     """
     if found is None:
         return []
-    try:
+    with asking(root):
         champion = settings(root).alias
         models = [model for page in _pages(found.search_registered_models) for model in page]
         return [
@@ -87,8 +116,6 @@ def versions(root: Path, found: Any | None) -> list[Registered]:
             for page in _pages(found.search_model_versions, f"name = '{model.name}'")
             for version in page
         ]
-    except Exception as error:
-        raise RegistryUnknown(f"MLflow's registry cannot be asked: {error}") from error
 
 
 def _pages(search: Any, *arguments: str) -> Any:

@@ -291,6 +291,24 @@ def test_a_decision_made_by_hand_is_pushed_before_it_is_carried_out(
     assert len(pushed) == 1
 
 
+def test_status_and_compare_ask_for_the_model_of_params_yaml_and_do_without_mlflow(
+    gated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gate(gated, "{model: receipts, alias: live}")
+    run()
+    assert registry().champion() is None
+    assert "champion  version 1 (multi_agent)" in longview("status").output
+    assert json.loads(longview("compare", "--json").output)["champion"] == "version 1 (multi_agent)"
+    (gated / "no.db").write_text("no database")
+    for away, words in (("http://127.0.0.1:1", "does not answer"), (f"sqlite:///{gated}/no.db", "database")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", away)
+        found = longview("compare", "--json")
+        assert found.exit_code == 0 and json.loads(found.stdout)["champion"] is None, found.output
+        assert f"note: the champion is not known: MLflow at {away}" in found.stderr and words in found.stderr
+        status = longview("status")
+        assert status.exit_code == 0 and "champion  unknown: MLflow at" in status.output
+
+
 def test_until_makes_no_champion_without_a_version(gated: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from flows import settled
     from flows.retrain import retrain
