@@ -11,7 +11,8 @@ of the working tree is touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from ruamel.yaml import YAML
 
-from flows import data, objects, versions
+from flows import data, objects, registered, versions
 from flows.environment import root as find_root
 from flows.objects import Objects
 from flows.versions import RunVersion
+from flows.walk import say
 from tasks.side_by_side import (
     HEAD,
     WORKSPACE,
@@ -60,15 +62,20 @@ def compare(runs: list[str] | None = None, rounds: bool = False) -> dict[str, An
         runs: Tags of runs, git revisions or `latest`; this checkout if left out.
         rounds: Every round of each run, not its best generation alone.
     """
-    found = make(find_root(), runs or [], rounds=rounds)
+    found = make(find_root(), runs or [], rounds=rounds, unknown=say)
     table = [dict(zip(HEAD, cells(row), strict=True)) for row in found.rows]
     create_table_artifact(table, key="generations", description=found.verdict)
     create_markdown_artifact(markdown(found), key="compare", description=found.verdict)
     return found.as_dict()
 
 
-def make(root: Path, names: Sequence[str], *, rounds: bool = False) -> Comparison:
-    """Compare. Raises CompareError or versions.VersionError."""
+def make(
+    root: Path, names: Sequence[str], *, rounds: bool = False, unknown: Callable[[str], None] | None = None
+) -> Comparison:
+    """Compare. Raises CompareError or versions.VersionError.
+
+    unknown: hears why the champion is not known where MLflow cannot be asked; without it, that is raised.
+    """
     if names:
         runs = [versions.resolve(root, name) for name in names]
         with objects.opened(root) as stored:
@@ -77,7 +84,7 @@ def make(root: Path, names: Sequence[str], *, rounds: bool = False) -> Compariso
         found = of_workspace(root)
     if not found:
         raise CompareError("there is no generation to compare")
-    kept = champion(root)
+    kept = champion(root) if unknown is None else _champion_if_known(root, unknown)
     rows = lines(found, kept)
     return Comparison(rows, kept.title if kept else None, verdict(rows))
 
@@ -177,23 +184,28 @@ def _read(lock: Mapping[str, Any], name: str) -> dict[str, str]:
 def champion(root: Path) -> Champion | None:
     """The champion with the answers kept of it; None without one."""
     from tasks import tracking
-    from tasks.registry import Registry
 
     with chdir(root):
-        uri = tracking.tracking_uri()
-        if not tracking.enabled() or (uri.startswith("sqlite:///") and not Path(uri[10:]).exists()):
-            return None
-        registry = Registry()
-        version = registry.champion()
-        if version is None:
+        registry = registered.registry(root) if tracking.enabled() else None
+        version = registry.champion() if registry else None
+        if registry is None or version is None:
             return None
         agents = frozenset((version.agents.reasoning, version.agents.summary))
         return Champion(version.title, registry.predictions(version) or [], agents)
 
 
+def _champion_if_known(root: Path, unknown: Callable[[str], None]) -> Champion | None:
+    try:
+        with registered.asking(root):
+            return champion(root)
+    except registered.RegistryUnknown as error:
+        unknown(f"the champion is not known: {error}")
+        return None
+
+
 def main() -> None:
     """Compare this checkout's generations."""
-    print(markdown(make(find_root(), [])))
+    print(markdown(make(find_root(), [], unknown=lambda note: print(note, file=sys.stderr))))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flows import data, objects, registered, versions
 from flows.objects import Objects
+from flows.registered import Registered
 
 RECORDS = "records.jsonl"
 SHOWN = 5
@@ -34,7 +35,7 @@ class DataVersionError(ValueError):
 @dataclass(frozen=True)
 class DataVersion:
     """One version of data/. `since`: ISO time of the first run on it. `size` in bytes. `models`: generations
-    and registered versions that were trained on it. Unknown values are None."""
+    and registered versions that were trained on it. Unknown values are None: `models` without MLflow."""
 
     md5: str
     in_use: bool
@@ -44,7 +45,7 @@ class DataVersion:
     records: int | None
     kind: str | None
     runs: tuple[str, ...]
-    models: tuple[str, ...]
+    models: tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,14 @@ class Difference:
         return asdict(self)
 
 
-def listing(root: Path) -> list[DataVersion]:
-    """Every version that a run was trained on, newest first, and the one in use."""
+def listing(root: Path, unknown: Callable[[str], None]) -> list[DataVersion]:
+    """Every version that a run was trained on, newest first, and the one in use.
+
+    unknown: hears why the models are not known where MLflow cannot be asked. Raises VersionError or
+    PipelineError.
+    """
     every, here = versions.versions(root), data.version(root)
-    registry = registered.versions(registered.client(root))
+    registry = _models(root, unknown)
     order = list(dict.fromkeys([*([here] if here else []), *(version.data for version in every)]))
     found = []
     with objects.opened(root) as stored:
@@ -99,10 +104,23 @@ def listing(root: Path) -> list[DataVersion]:
                     records=_count(stored, md5),
                     kind=(pointer.get("meta") or {}).get("kind"),
                     runs=tuple(run.tag for run in runs),
-                    models=tuple(m.name for m in registry if set(m.checkpoints.values()) & kept),
+                    models=None if registry is None else _trained(registry, kept),
                 )
             )
     return found
+
+
+def _models(root: Path, unknown: Callable[[str], None]) -> list[Registered] | None:
+    try:
+        return registered.versions(root, registered.client(root))
+    except registered.RegistryUnknown as error:
+        unknown(f"the models are not known: {error}")
+        return None
+
+
+def _trained(registry: list[Registered], made: set[str]) -> tuple[str, ...]:
+    """The registered versions with a checkpoint among what was made."""
+    return tuple(model.name for model in registry if set(model.checkpoints.values()) & made)
 
 
 def _pointer(root: Path, runs: list[versions.RunVersion], in_use: bool) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def plan(
     """
     try:
         mlflow = registered.client(root)
-        models = [model for model in registered.versions(mlflow) if model.held]
+        models = [model for model in registered.versions(root, mlflow) if model.held]
     except registered.RegistryUnknown as error:
         raise GcRefused(f"{error}. Which models are registered is not known, so nothing goes.") from None
     verdicts = retention.judge(root, policy, models)

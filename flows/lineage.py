@@ -172,7 +172,7 @@ def explain(root: Path, name: str, objects: Objects, at: str | None = None) -> C
     notes: list[str] = []
     try:
         mlflow = registered.client(root)
-        models = registered.versions(mlflow)
+        models = registered.versions(root, mlflow)
     except registered.RegistryUnknown as error:
         mlflow, models = None, []
         notes.append(str(error))

@@ -22,6 +22,7 @@ NEXT = {
     "declined": "next: nothing; why: `longview model list --history`",
     "kept": "next: `dvc repro --force --single-item promote`, then `longview run`",
     "passed": "next: `longview model list`",
+    "left": "next: `longview run` makes it a version and carries that out",
     "missed": "next: nothing; why: `longview report`",
 }
 
@@ -68,7 +69,7 @@ def awaited(candidate: str, until: str, question: str) -> None:
 
 def summary(root: Path, done: Done, seconds: float, state: str | None = None) -> list[str]:
     """What ran, how long, on which data; accuracy before and after; what became of the candidate (`state`, as
-    flows.approval.settle says it); what to do next."""
+    flows.approval.settle says it; "left": the run ended with it, by `until`); what to do next."""
     restored = f", {len(done.restored)} restored" if done.restored else ""
     decided = set(done.ran + done.restored) & {"compare", "promote"}
     lines = [
@@ -103,6 +104,7 @@ def _outcome(decision: dict[str, Any], comparison: dict[str, Any] | None, state:
         "declined": f"{candidate} passed the gate against {opponent}, and was declined",
         "kept": f"{candidate} is not promoted: another became champion since it was compared with {opponent}",
         "passed": f"{candidate} passed the gate against {opponent}",
+        "left": f"{candidate} passed the gate against {opponent}",
         "missed": f"{candidate} is not promoted: {opponent} stays",
     }
     return [*lines, said[outcome], NEXT[outcome]]

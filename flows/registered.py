@@ -6,10 +6,15 @@ python -m flows.registered        # every registered version, its aliases and th
 from __future__ import annotations
 
 import json
-from contextlib import chdir
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tasks.promote import Params
+    from tasks.registry import Registry
 
 
 class RegistryUnknown(RuntimeError):
@@ -41,6 +46,26 @@ class Registered:
         )
 
 
+def settings(root: Path) -> Params:
+    """What `promote` of params.yaml says: among it the model, and the alias of its champion. Defaults where a
+    pipeline has no such section. Raises ParamsError."""
+    from tasks import params, promote
+
+    with chdir(root):
+        return params.load("promote", promote.Params) if "promote" in params.read() else promote.Params()
+
+
+def registry(root: Path) -> Registry | None:
+    """The registry of this checkout, with the model and the alias that params.yaml names; to be asked from
+    within the checkout. None: it has no store yet."""
+    from tasks.registry import Registry
+
+    if not _has_store():
+        return None
+    found = settings(root)
+    return Registry(found.model, found.alias)
+
+
 def client(root: Path) -> Any | None:
     """MLflow's client, also where LONGVIEW_TRACKING=off (that stops recording, not looking).
 
@@ -48,30 +73,49 @@ def client(root: Path) -> Any | None:
     """
     from tasks import tracking
 
+    with asking(root):
+        return tracking.client() if _has_store() else None
+
+
+@contextmanager
+def asking(root: Path) -> Iterator[None]:
+    """A block that asks MLflow, from within the checkout: whatever it raises is RegistryUnknown."""
+    from tasks import tracking
+    from tasks.params import ParamsError
+
     with chdir(root):
-        uri = tracking.tracking_uri()
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-            return None
         try:
-            return tracking.client()
+            yield
+        except ParamsError as error:
+            raise RegistryUnknown(f"which model is meant is not known: {error}") from error
         except Exception as error:  # a database's or a server's own: all mean the same here
-            raise RegistryUnknown(f"MLflow at {uri} cannot be asked: {error}") from error
+            raise RegistryUnknown(f"MLflow at {tracking.tracking_uri()} cannot be asked: {error}") from error
 
 
-def versions(found: Any | None) -> list[Registered]:
-    """Every registered version of every model that Longview promoted. Raises RegistryUnknown."""
+def _has_store() -> bool:
+    """False before the first run of a checkout with a store of its own."""
+    from tasks import tracking
+
+    uri = tracking.tracking_uri()
+    return not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists()
+
+
+def versions(root: Path, found: Any | None) -> list[Registered]:
+    """Every registered version of every model that Longview promoted; `found`: of `client(root)`.
+
+    Raises RegistryUnknown.
+    """
     if found is None:
         return []
-    try:
+    with asking(root):
+        champion = settings(root).alias
         models = [model for page in _pages(found.search_registered_models) for model in page]
         return [
-            _registered(version, {a: str(v) for a, v in model.aliases.items()}, _champions(model.tags))
+            _registered(version, _aliases(model, champion), _champions(model.tags))
             for model in models
             for page in _pages(found.search_model_versions, f"name = '{model.name}'")
             for version in page
         ]
-    except Exception as error:
-        raise RegistryUnknown(f"MLflow's registry cannot be asked: {error}") from error
 
 
 def _pages(search: Any, *arguments: str) -> Any:
@@ -84,6 +128,13 @@ def _pages(search: Any, *arguments: str) -> Any:
             return
 
 
+def _aliases(model: Any, champion: str) -> Mapping[str, str]:
+    """The version number of each alias that names one."""
+    from tasks.registry import meant
+
+    return meant({alias: str(number) for alias, number in model.aliases.items()}, champion)
+
+
 def _champions(tags: dict[str, str]) -> set[str]:
     """The versions that were champion, by the history that tasks/promotion.py keeps."""
     from tasks.registry import CHANGE
@@ -92,7 +143,7 @@ def _champions(tags: dict[str, str]) -> set[str]:
     return {str(change[side]) for change in changes for side in ("before", "after") if change[side]}
 
 
-def _registered(version: Any, aliases: dict[str, str], champions: set[str]) -> Registered:
+def _registered(version: Any, aliases: Mapping[str, str], champions: set[str]) -> Registered:
     tags = version.tags
     named = {"reasoning": tags.get("checkpoint_md5"), "summary": tags.get("summary_md5")}
     return Registered(
@@ -109,7 +160,7 @@ def main() -> None:
     """Print the registry."""
     from flows.environment import root
 
-    for version in versions(client(root())):
+    for version in versions(root(), client(root())):
         print(version.name, version.generation, version.checkpoints)
 
 

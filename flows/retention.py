@@ -138,8 +138,9 @@ def main() -> None:
     from flows import registered
     from flows.environment import root
 
-    held = [model for model in registered.versions(registered.client(root())) if model.held]
-    for verdict in judge(root(), Policy(), held):
+    base = root()
+    held = [model for model in registered.versions(base, registered.client(base)) if model.held]
+    for verdict in judge(base, Policy(), held):
         print(verdict.version.tag, ", ".join(verdict.reasons) or "goes")
 
 

@@ -38,6 +38,7 @@ from flows import (
     profile,
     recovery,
     run_view,
+    settled,
     versions,
 )
 from flows.dpo_rounds import run_rounds
@@ -104,7 +105,7 @@ def retrain(
     Args:
         profile_name: A file of profiles/, by name. None keeps the one in params.yaml.
         rounds: Number of preference rounds. None keeps it.
-        until: The last stage to run: `judge`, `dpo@r2`, or `dpo` for all of them.
+        until: The last stage to run: `judge`, `dpo@r2`, or `dpo` for all of them. Makes no version.
         force: Drop edits of params.yaml that another profile would overwrite.
         stage_timeout_s: Seconds that one stage may take.
         data_version: Run only if this is the data version: its md5, or six digits of it or more.
@@ -148,16 +149,20 @@ def retrain(
             with pipeline.opened(root):
                 check_nothing_stale(str(root), names)
                 recovery.keep_lock_file(root)
-                pushed = push(str(root)) if executed or held.get("unfinished") else 0
-            made = None
-            if until is None:  # half a pipeline is no version
+                left = until is None and not carried_out(root)
+                pushed = push(str(root)) if executed or held.get("unfinished") or left else 0
+            made: versions.RunVersion | None = None
+            state: str | None = None
+            if until is None:  # half a pipeline is no version, and only what a version holds becomes champion
                 facts = versions.Facts(
                     version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
                 )
                 made = record(str(root), facts)
-            state = approval.settle(root, made) if "promote" in names else None
-            if until is None:
+                state = approval.settle(root, made) if "promote" in names else None
                 run_view.publish(root, parent.opened, facts, made)
+            elif "promote" in names and not settled.is_settled(root):
+                state = "left"
+                say(settled.LEFT)
             publish(root, parent.opened)
             write_note(root, unfinished=None, asked=None)
         tag = made.tag if made else None
@@ -220,6 +225,14 @@ def check_nothing_stale(root: str, names: list[str]) -> None:
             f"{', '.join(stale)}: stale after the run, so code, params.yaml or data/ changed meanwhile. "
             "Run again: only what the change touches will run."
         )
+
+
+def carried_out(root: Path) -> bool:
+    """Whether what is here is a version, and its decision in the registry: then the remote has its files.
+
+    It need not be so because no stage ran now: `dvc repro` runs them by hand.
+    """
+    return not versions.is_new(root) and settled.is_settled(root)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retries=2, retry_delay_seconds=10)

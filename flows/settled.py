@@ -13,6 +13,7 @@ from flows.parent_run import read_note, write_note
 from tasks import tracking
 
 DECISION = Path("artifacts/promote/decision.json")
+LEFT = "--until makes no version, so the decision is not carried out: a `longview run` without it does that"
 
 
 def is_settled(root: Path) -> bool:

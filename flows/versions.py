@@ -98,6 +98,11 @@ def record(root: Path, facts: Facts) -> RunVersion | None:
     return _list(root, f"refs/tags/{name}")[0]
 
 
+def is_new(root: Path) -> bool:
+    """Whether `record` would make a version: this is a git repository, and has none of these files."""
+    return _is_repository(root) and not _list(root, f"{TAGS}*-{identity(root)}")
+
+
 def identity(root: Path) -> str:
     """8 hex digits of what a run made and from what: dvc.lock, params.yaml, data.dvc."""
     digest = hashlib.md5(usedforsecurity=False)

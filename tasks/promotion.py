@@ -4,7 +4,8 @@
 
 One call of MLflow makes a version champion: that which sets the alias. What explains it is written before,
 what is left to clear up after, so that a kill between any two calls leaves the old champion or the new one,
-and the same function called again ends as if nothing had happened.
+and the same function called again ends as if nothing had happened. Whoever may edit the model may call any of
+them: no tag of a version and no alias is deleted (tasks/registry.py).
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ def settle(
         return Outcome("kept", version, f"{version.title} is registered as challenger: {decision['reason']}")
     if version.declined:
         no = version.declined
+        _clear(registry, version, AWAITING)  # a kill may have left it
         return Outcome(
             "declined",
             version,
@@ -185,11 +187,11 @@ def promote(
         for name, value in tags.items():
             if value is not None and version.tags.get(name) != value:
                 client.set_model_version_tag(registry.model, version.number, name, value)
+        if before and registry.stored_aliases().get(CHALLENGER) == before:  # on the champion it names nobody
+            client.set_registered_model_alias(registry.model, CHALLENGER, version.number)
         client.set_registered_model_alias(registry.model, registry.alias, version.number)
-    for tag in (AWAITING, DECLINED):
-        _drop_tag(registry, version, tag)
-    if registry.challenger() == version:
-        client.delete_registered_model_alias(registry.model, CHALLENGER)
+    for tag in (AWAITING, DECLINED):  # in this order: without the second the first would hold again
+        _clear(registry, version, tag)
 
 
 def await_approval(
@@ -245,7 +247,7 @@ def decline(registry: Registry, version: Version, how: str, reason: str, who: st
     """Note why the version is not champion, and end its wait."""
     value = text(Declined(_now(), how, who or user(), reason))
     registry.client.set_model_version_tag(registry.model, version.number, DECLINED, value)
-    _drop_tag(registry, version, AWAITING)
+    _clear(registry, version, AWAITING)
 
 
 def user() -> str:
@@ -320,9 +322,10 @@ def _logged_model(registry: Registry, generation: str, checkpoint_md5: str) -> s
     ).model_id
 
 
-def _drop_tag(registry: Registry, version: Version, tag: str) -> None:
-    if tag in _again(registry, version.number).tags:
-        registry.client.delete_model_version_tag(registry.model, version.number, tag)
+def _clear(registry: Registry, version: Version, tag: str) -> None:
+    """The tag holds no longer."""
+    if _again(registry, version.number).tags.get(tag):
+        registry.client.set_model_version_tag(registry.model, version.number, tag, "")
 
 
 def _again(registry: Registry, number: str) -> Version:

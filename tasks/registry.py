@@ -5,6 +5,10 @@
 A generation that was a candidate is a version of one registered model. Its tags hold the md5s of its two
 checkpoints (DVC holds the weights), the run that made it and its accuracy; its logged model holds its
 predictions. Changes of the champion are tags of the registered model. tasks/promotion.py writes all of it.
+
+Nothing of it is ended by deleting: in a team's MLflow only who made a model may delete its versions' tags and
+its aliases, and everybody may decide. A tag that no longer holds is empty, and reads as none; the alias
+`challenger` on the champion names nobody.
 """
 
 from __future__ import annotations
@@ -92,13 +96,15 @@ class Version:
 
     @property
     def awaiting(self) -> Awaiting | None:
-        """What it waits for, if it does."""
-        return Awaiting(**json.loads(self.tags[AWAITING])) if AWAITING in self.tags else None
+        """What it waits for, if it does: not once it is declined, also if a kill left both tags."""
+        waits = self.tags.get(AWAITING)
+        return Awaiting(**json.loads(waits)) if waits and self.declined is None else None
 
     @property
     def declined(self) -> Declined | None:
         """Who took it down or did not want it."""
-        return Declined(**json.loads(self.tags[DECLINED])) if DECLINED in self.tags else None
+        no = self.tags.get(DECLINED)
+        return Declined(**json.loads(no)) if no else None
 
     @property
     def accuracy(self) -> dict[str, Any]:
@@ -155,7 +161,11 @@ class Registry:
         return None if champion.over == BASE else champion.over  # of a store without a history
 
     def aliases(self) -> dict[str, str]:
-        """The version number of each alias."""
+        """The version number of each alias that names one."""
+        return meant(self.stored_aliases(), self.alias)
+
+    def stored_aliases(self) -> dict[str, str]:
+        """The version number of each alias as MLflow has it, also of one that names nobody."""
         model = self._unless_missing(lambda: self.client.get_registered_model(self.model))
         return {name: str(number) for name, number in model.aliases.items()} if model else {}
 
@@ -195,6 +205,13 @@ class Registry:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
+
+
+def meant(aliases: Mapping[str, str], champion: str) -> dict[str, str]:
+    """Without the alias `challenger` where the alias `champion` stands on the same version: it was left there
+    when that version became champion."""
+    left = aliases.get(CHALLENGER) == aliases.get(champion)
+    return {name: number for name, number in aliases.items() if name != CHALLENGER or not left}
 
 
 def answers_folder(agents: Agents) -> str:

@@ -56,7 +56,7 @@ def compare(
     from tasks import side_by_side
 
     try:
-        found = comparing.make(root(), runs or [], rounds=rounds)
+        found = comparing.make(root(), runs or [], rounds=rounds, unknown=_note)
         if html:
             _write_page(found, html, between)
     except (comparing.CompareError, VersionError, PipelineError) as error:
@@ -126,6 +126,10 @@ def _named(every: list[Generation], name: str) -> Generation:
         known = ", ".join(generation.title for generation in every)
         raise CompareError(f"--between {name}: {len(found)} generations of that name; there are: {known}")
     return found[0]
+
+
+def _note(text: str) -> None:
+    typer.echo(f"note: {text}", err=True)
 
 
 def _stop(error: Exception) -> NoReturn:

@@ -94,13 +94,14 @@ def versions(as_json: Json = False) -> None:
 
         longview data versions --json
     """
-    from flows import data_versions, registered
+    from flows import data_versions
     from flows.environment import root
+    from flows.pipeline import PipelineError
     from flows.versions import VersionError
 
     try:
-        found = data_versions.listing(root())
-    except (VersionError, registered.RegistryUnknown) as error:
+        found = data_versions.listing(root(), _note)
+    except (VersionError, PipelineError) as error:
         _stop(error)
     if as_json:
         typer.echo(json.dumps([asdict(version) for version in found], indent=1))
@@ -131,7 +132,7 @@ def _show_versions(found: list[DataVersion]) -> None:
             f"{version.records:,}" if version.records is not None else "not in the cache",
             version.kind or "",
             "\n".join(runs),
-            "\n".join(version.models),
+            "unknown" if version.models is None else "\n".join(version.models),
         )
     console = Console()
     console.print(table)
@@ -161,6 +162,8 @@ def diff(
     """
     from flows import data_page, data_versions
     from flows.environment import root
+    from flows.pipeline import PipelineError
+    from flows.versions import VersionError
 
     base = root()
     try:
@@ -170,7 +173,7 @@ def diff(
             html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(data_page.page(base, found), encoding="utf-8")
             typer.echo(f"written: {html}", err=True)
-    except data_versions.DataVersionError as error:
+    except (data_versions.DataVersionError, VersionError, PipelineError) as error:
         _stop(error)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
@@ -236,6 +239,10 @@ def rollback(
     except restoring.EXPECTED as error:
         _stop(error)
     typer.echo(restoring.summary(done))
+
+
+def _note(text: str) -> None:
+    typer.echo(f"note: {text}", err=True)
 
 
 def _stop(error: Exception) -> NoReturn:

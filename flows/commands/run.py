@@ -15,7 +15,7 @@ import typer
 Profile = Annotated[str | None, typer.Option("--profile", "-p", help="A file of profiles/, by name.")]
 Rounds = Annotated[int | None, typer.Option("--rounds", "-T", min=1, help="Number of preference rounds T.")]
 Until = Annotated[
-    str | None, typer.Option("--until", help="Stop after this stage (`judge`, `dpo@r2`, `dpo`).")
+    str | None, typer.Option("--until", help="Stop after this stage (`judge`, `dpo@r2`, `dpo`): no version.")
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Drop edits of params.yaml that --profile would overwrite.")
@@ -98,10 +98,13 @@ def run(
                 names = [s.name for s in pipeline.select(pipeline.stages(root), asked["until"])]
                 current = data.is_current(root) and not pipeline.pending(root, names)
             finished = not read_note(root).get("unfinished")
-            finished &= "promote" not in names or settled.is_settled(root)
-            if finished and current:
+            left = "promote" in names and not settled.is_settled(root)
+            whole = asked["until"] is None
+            if finished and current and not (whole and left):
                 done = f"{len(names)} stages, nothing to run"
                 typer.echo(f"everything is up to date: {done} ({_since(began)})")
+                if left:
+                    typer.echo(settled.LEFT)
                 write_note(root, asked=None)
                 return
     except (profiles.ProfileError, pipeline.PipelineError, recovery.BusyError, ParamsError) as error:

@@ -5,7 +5,6 @@ longview status
 
 from __future__ import annotations
 
-from contextlib import chdir
 from pathlib import Path
 from typing import Annotated
 
@@ -50,9 +49,8 @@ def status(
         table.add_row(stage.name, f"[{STYLES[state]}]{state}[/]", because)
     console.print(table)
     console.print(f"\ndata      {data.version(base) or 'none'} ({_data(base, source)})")
-    with chdir(base):
-        for line in _models():
-            console.print(line, markup=False, highlight=False)
+    for line in _models(base):
+        console.print(line, markup=False, highlight=False)
 
 
 def _data(base: Path, source: StageState | None) -> str:
@@ -72,23 +70,19 @@ def _line(state: StageState, waiting_for: list[str], why: bool) -> tuple[str, st
     return state.state, state.reason if why or len(state.reason) < 60 else state.reason[:59] + "…"
 
 
-def _models() -> list[str]:
+def _models(root: Path) -> list[str]:
     """The champion, and the candidate that waits for approval if one does."""
+    from flows import registered
     from tasks import tracking
 
     if not tracking.enabled():
         return ["champion  unknown: tracking is off"]
-    uri = tracking.tracking_uri()
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        return ["champion  none yet"]
-    from mlflow.exceptions import MlflowException
-
-    from tasks.registry import Registry
-
     try:
-        registry = Registry()
-        champion, waiting = registry.champion(), registry.waiting()
-    except (MlflowException, tracking.TrackingError) as error:
+        with registered.asking(root):
+            registry = registered.registry(root)
+            champion = registry.champion() if registry else None
+            waiting = registry.waiting() if registry else None
+    except registered.RegistryUnknown as error:
         return [f"champion  unknown: {error}"]
     made = f", {champion.tags.get('run', 'no run tag')}" if champion else ""
     lines = [f"champion  {champion.title}{made}" if champion else "champion  none yet"]

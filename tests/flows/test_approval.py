@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from httpx import HTTPStatusError
 
+from tests.support.accounts import refuse_deletes
 from tests.support.mini import executed, flow_environment
 
 pytestmark = pytest.mark.flows
@@ -225,7 +226,10 @@ def test_a_person_approves_on_the_form(gated: Path) -> None:
     assert "multi_agent is champion now" in summary_artifact()
 
 
-def test_a_person_rejects_by_the_command_and_is_not_asked_again(gated: Path) -> None:
+def test_a_person_rejects_by_the_command_and_is_not_asked_again(
+    gated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_deletes(monkeypatch)  # it need not be who registered the first candidate
     with_approval(gated)
 
     def reject() -> Any:
@@ -268,6 +272,58 @@ def test_a_wait_outlives_the_run_and_takes_the_answer_left_for_it(gated: Path, p
     assert (change.after, change.who) == ("1", "Bo") and registry().waiting() is None
     late = longview("model", "approve", "--reason", "fine")
     assert late.exit_code == 1 and "nothing waits" in late.output
+
+
+def test_a_decision_made_by_hand_is_pushed_before_it_is_carried_out(
+    gated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline, retrain, settled, versions
+
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=gated, check=True)
+    made = versions.record(gated, versions.Facts("x.dir", "embedded"))  # as by a run that was killed then
+    pushed = []
+    monkeypatch.setattr(pipeline, "push", lambda root: pushed.append(registry().champion()) or 1)
+    done = run()
+    assert done["ran"] == [] and made and done["tag"] == made.tag
+    assert pushed == [None] and registry().champion().number == "1", "pushed, and then champion"
+    assert settled.is_settled(gated) and retrain.carried_out(gated)
+    run()
+    assert len(pushed) == 1
+
+
+def test_status_and_compare_ask_for_the_model_of_params_yaml_and_do_without_mlflow(
+    gated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gate(gated, "{model: receipts, alias: live}")
+    run()
+    assert registry().champion() is None
+    assert "champion  version 1 (multi_agent)" in longview("status").output
+    assert json.loads(longview("compare", "--json").output)["champion"] == "version 1 (multi_agent)"
+    (gated / "no.db").write_text("no database")
+    for away, words in (("http://127.0.0.1:1", "does not answer"), (f"sqlite:///{gated}/no.db", "database")):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", away)
+        found = longview("compare", "--json")
+        assert found.exit_code == 0 and json.loads(found.stdout)["champion"] is None, found.output
+        assert f"note: the champion is not known: MLflow at {away}" in found.stderr and words in found.stderr
+        status = longview("status")
+        assert status.exit_code == 0 and "champion  unknown: MLflow at" in status.output
+
+
+def test_until_makes_no_champion_without_a_version(gated: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows import settled
+    from flows.retrain import retrain
+
+    done = retrain(until="promote")
+    assert done["ran"] == ["promote"] and done["tag"] is None and settled.LEFT in capsys.readouterr().out
+    assert "next: `longview run` makes it a version" in summary_artifact()
+    again = longview("run", "--until", "promote")
+    assert (
+        again.exit_code == 0 and "everything is up to date" in again.output and settled.LEFT in again.output
+    )
+    assert registry().versions() == [] and not settled.is_settled(gated)
+    whole = run()
+    champion = registry().champion()
+    assert champion.tags["run"] == whole["tag"] and champion.tags["commit"]
 
 
 def test_list_and_roll_back(gated: Path) -> None:

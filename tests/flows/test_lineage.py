@@ -94,6 +94,8 @@ def three_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run
             candidate = promotion.Candidate("r2", agents, answers, {"promoted_over": "base"})
             version = promotion.register(registry, candidate, renew=True)
             promotion.promote(registry, version, "gate", "the first")
+            # As it is left of a wait: on the champion it names nobody.
+            registry.client.set_registered_model_alias(registry.model, "challenger", version.number)
         answers.unlink()
     return project, runs
 
@@ -210,6 +212,25 @@ def test_verify_finds_a_broken_chain_and_records_that_disagree(project: Path) ->
     assert found.exit_code == 1
     assert "DIFFERS: chain dpo@r2 read artifacts/rounds/r1/dpo" in found.stderr
     assert "DIFFERS: mlflow dpo@r2 in run" in found.stderr
+
+
+def test_data_versions_are_listed_without_mlflow(
+    project: Path, runs: list[RunVersion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = json.loads(longview("data", "versions", "--json").stdout)
+    assert [row["models"] for row in known] == [[], [], ["longview version 1 (champion)"]]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    away = longview("data", "versions", "--json")
+    assert away.exit_code == 0 and "note: the models are not known: MLflow at" in away.stderr, away.output
+    assert json.loads(away.stdout) == [{**row, "models": None} for row in known]
+    shown = longview("data", "versions").stdout
+    assert shown.count("unknown") == 3 and runs[0].data[:8] in shown
+    status = longview("status")
+    assert status.exit_code == 0 and "champion  unknown: MLflow at" in status.stdout
+    shutil.rmtree(project / ".dvc")
+    for words in (("versions",), ("diff", runs[0].data[:8])):
+        broken = longview("data", *words)
+        assert broken.exit_code == 1 and "DVC: " in broken.stderr and isinstance(broken.exception, SystemExit)
 
 
 def restored(project: Path, version: RunVersion, folder: Path) -> bool:

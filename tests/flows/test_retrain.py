@@ -218,6 +218,29 @@ def test_what_could_not_be_pushed_is_pushed_by_the_next_run(
     assert run()["pushed"] == 0
 
 
+def test_what_was_made_by_hand_is_pushed_before_it_is_a_version(
+    project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import pipeline, retrain, versions
+
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=project, check=True)
+
+    def unreachable(root: Path) -> int:
+        raise pipeline.PipelineError("the remote is away")
+
+    with monkeypatch.context() as away:
+        away.setattr(pipeline, "push", unreachable)
+        away.setattr(retrain.push, "retries", 0)
+        with pytest.raises(pipeline.PipelineError):
+            run()
+        assert versions.versions(project) == []
+    done = run()
+    assert done["ran"] == [] and done["pushed"] > 0 and done["tag"]
+    assert list((project / ".work/remote").rglob("*.dir"))
+    monkeypatch.setattr(pipeline, "push", unreachable)
+    assert run()["tag"] == done["tag"], "nothing is left to push"
+
+
 def test_a_killed_run_leaves_no_temporary_server(project: Path) -> None:
     from flows import recovery
 

@@ -5,6 +5,7 @@ Set up by the files of deploy/team/; only the containers around them are missing
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import boto3
 import pytest
 
 from benchmarks import chaos
+from tasks import promotion
+from tasks.registry import Agents, Registry
 from tests.support.team import REGION, Team, servers, team
 
 
@@ -90,14 +93,56 @@ def test_a_run_on_the_teams_servers_a_backup_and_the_way_back(
             assert status == 1 and "PREFECT_API_AUTH_STRING" in said and "Traceback" not in said, said
 
             assert "saved" in backup(found, "save")
-            status, said = longview(folder, client, "run")
+            found.environments["users"]["NEW_PASSWORD"] = "bo's own password"
+            assert "bo: add" in found.script("user.py", "add", "bo", server="users")
+            other = found.client("bo", "bo's own password")
+            status, said = longview(folder, other, "run")
             assert status == 0, said
             assert champion(found, client, monkeypatch) == "2"
+            decide_on_what_another_registered(folder, client, other, monkeypatch)
         bucket(found, "mlflow").objects.all().delete()
         assert "restored" in backup(found, "restore")
         assert {item.key for item in bucket(found, "mlflow").objects.all()} == kept
         with servers(found):
             assert champion(found, client, monkeypatch) == "1"
+
+
+def decide_on_what_another_registered(
+    folder: Path, client: dict[str, str], other: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ada's candidates wait; Bo, who may not delete what is hers, says no to one and yes to the next."""
+    registry = registry_of(client, monkeypatch)
+    waiting(registry, "c", folder)
+    status, said = longview(folder, other, "model", "approve", "--reject", "--reason", "misreads sevens")
+    assert status == 0 and "version 3 (c) is not promoted" in said, said
+    assert promotion.take_default(registry) is None and registry.waiting() is None
+    waiting(registry, "d", folder)
+    status, said = longview(folder, other, "model", "approve", "--reason", "looked at forty")
+    assert status == 0 and "version 4 (d) is champion" in said, said
+    rows = json.loads(longview(folder, other, "model", "list", "--json")[1])
+    assert [row["aliases"] for row in rows] == [["champion"], [], [], []]
+    assert rows[0]["awaiting"] is None and rows[1]["declined"]["reason"] == "misreads sevens"
+    for words, number in ((("rollback",), "2"), (("promote", "3"), "3")):
+        status, said = longview(folder, other, "model", *words, "--reason", "to see it")
+        assert status == 0 and registry.champion().number == number, said
+
+
+def waiting(registry: Any, name: str, folder: Path) -> None:
+    """A candidate that passed the gate and waits for a person; its time is over, and it would win."""
+    answers = folder.parent / f"{name}/predictions.jsonl"
+    answers.parent.mkdir()
+    answers.write_text('{"id": "1"}\n')
+    candidate = promotion.Candidate(name, Agents(name * 32, name * 32), answers, {"reason": f"{name} gains"})
+    version = promotion.register(registry, candidate, renew=True)
+    before = registry.champion().number
+    promotion.await_approval(registry, version, promotion.Approval(1e-9, "promote"), before, None)
+
+
+def registry_of(client: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The team's registry with this account's rights."""
+    for name, value in client.items():
+        monkeypatch.setenv(name, value)
+    return Registry()
 
 
 def backup(found: Team, what: str) -> str:
@@ -106,11 +151,7 @@ def backup(found: Team, what: str) -> str:
 
 def champion(found: Team, client: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
     """The number of the champion's version, with its answers read from S3 through MLflow."""
-    from tasks.registry import Registry
-
-    for name, value in client.items():
-        monkeypatch.setenv(name, value)
-    registry = Registry()
+    registry = registry_of(client, monkeypatch)
     version = registry.champion()
     assert version and registry.predictions(version)
     return version.number

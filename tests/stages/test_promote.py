@@ -9,8 +9,9 @@ import pytest
 
 from tasks import compare, promote, promotion, tracking
 from tasks.fingerprint import fingerprint
-from tasks.registry import Agents, Registry
+from tasks.registry import CHALLENGER, Agents, Registry
 from tasks.stage import StageError
+from tests.support.accounts import refuse_deletes
 from tests.support.results_data import predictions, round_metrics, write_rounds, write_system
 
 
@@ -210,6 +211,39 @@ def test_a_champion_made_since_the_decision_is_not_replaced_unseen(checkout):
     assert registry.champion().number == "3"
 
 
+def test_who_may_not_delete_may_approve_reject_promote_and_roll_back(checkout, monkeypatch):
+    refuse_deletes(monkeypatch)
+    registry, wait = Registry("of-another"), promotion.Approval(24)
+    waits = settle(registry, 1, checkout, wait).version
+    assert promotion.rule(registry, waits.number, "promote", "looked at forty").awaiting is None
+    assert registry.champion() == waits and registry.challenger() is None and registry.waiting() is None
+    assert registry.aliases() == {"champion": "1"}
+
+    settle(registry, 2, checkout, wait)
+    rejected = promotion.rule(registry, "2", "keep", "misreads sevens")
+    assert rejected.declined.reason == "misreads sevens" and rejected.awaiting is None
+    assert registry.champion().number == "1" and registry.challenger().number == "2"
+
+    promotion.promote(registry, rejected, "by hand", "after all")
+    assert registry.champion().number == "2" and registry.champion().declined is None
+    assert registry.challenger() is None
+    settle(registry, 3, checkout)
+    assert registry.champion().number == "3" and registry.challenger() is None, "not the champion before it"
+    promotion.roll_back(registry, registry.version("1"), "reads sixes as nines")
+    assert registry.champion().number == "1" and registry.challenger() is None
+
+
+def test_a_rejected_candidate_whose_wait_was_not_cleared_is_not_promoted_when_its_time_is_over(checkout):
+    registry = Registry("half-rejected")
+    settle(registry, 1, checkout)
+    waits = settle(registry, 2, checkout, promotion.Approval(1e-9, "promote")).version
+    over = waits.tags["awaiting"]
+    promotion.decline(registry, waits, "approval", "misreads sevens")
+    registry.client.set_model_version_tag(registry.model, waits.number, "awaiting", over)
+    assert registry.waiting() is None and promotion.take_default(registry) is None
+    assert registry.champion().number == "1"
+
+
 def roll_back(registry, folder):
     if registry.champion().number == "2":
         promotion.roll_back(registry, registry.version("1"), "misreads sevens")
@@ -220,8 +254,22 @@ def approve(registry, folder):
     promotion.rule(registry, waits.number, "promote", "looked at forty")
 
 
+def reject(registry, folder):
+    waits = settle(registry, 2, folder, promotion.Approval(24)).version
+    promotion.rule(registry, waits.number, "keep", "misreads sevens")
+
+
+def follow(registry, folder):
+    """The gate's champion after one that a person approved, on which the alias of what waited is left."""
+    if registry.champion().number == "1":
+        registry.client.set_registered_model_alias(registry.model, CHALLENGER, "1")
+    settle(registry, 2, folder)
+
+
 CHANGES = {
+    "follow": (1, follow),
     "approve": (1, approve),
+    "reject": (1, reject),
     "roll back": (2, roll_back),
 }
 
