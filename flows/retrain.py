@@ -116,15 +116,8 @@ def retrain(
     with chdir(root), recovery.exclusive(root, wait=queued) as cleaned, _noted(root):
         for sentence in cleaned:
             say(sentence)
-        if data_version:
-            try:
-                data.require(root, data_version)
-            except data.DataError as error:
-                if not _triggered():
-                    raise
-                say(str(error))
-                message = f"data version {data_version} was overtaken: data.dvc names {data.version(root)}"
-                return cast(Any, Completed(name=SUPERSEDED, message=message))
+        if data_version and (why := _overtaken(root, data_version)):
+            return cast(Any, Completed(name=SUPERSEDED, message=why))
         asked = {**flow_run.parameters, "hardware": os.environ.get(launch.VARIABLE)}
         asked.pop("force")  # would drop edits made since
         write_note(root, asked=asked)  # for one that continues it
@@ -151,25 +144,51 @@ def retrain(
                 recovery.keep_lock_file(root)
                 left = until is None and not carried_out(root)
                 pushed = push(str(root)) if executed or held.get("unfinished") or left else 0
-            made: versions.RunVersion | None = None
-            state: str | None = None
             if until is None:  # half a pipeline is no version, and only what a version holds becomes champion
                 facts = versions.Facts(
                     version, profile_of(root), parent.opened, str(flow_run.id), tuple(walk.did("ran"))
                 )
-                made = record(str(root), facts)
-                state = approval.settle(root, made) if "promote" in names else None
-                run_view.publish(root, parent.opened, facts, made)
-            elif "promote" in names and not settled.is_settled(root):
-                state = "left"
-                say(settled.LEFT)
+                tag, state = carry_out(root, facts, promotes="promote" in names)
+            else:
+                tag, state = None, _left(root, names)
             publish(root, parent.opened)
             write_note(root, unfinished=None, asked=None)
-        tag = made.tag if made else None
         done = Summary(version, walk.did("ran"), walk.did("restored"), walk.did("skipped"), pushed, tag)
         if executed:
             notify.finished(root, done, time.monotonic() - began, state)
         return asdict(done)
+
+
+def carry_out(root: Path, facts: versions.Facts, *, promotes: bool) -> tuple[str | None, str | None]:
+    """What follows the push: the run's version, the decision, MLflow's page. Its tag, and what became of the
+    candidate."""
+    made = record(str(root), facts)
+    state = approval.settle(root, made) if promotes else None
+    run_view.publish(root, facts.mlflow_run, facts, made)
+    return (made.tag if made else None), state
+
+
+def _left(root: Path, names: list[str]) -> str | None:
+    """ "left" if the run ends with a decision that it does not carry out."""
+    if "promote" not in names or settled.is_settled(root):
+        return None
+    say(settled.LEFT)
+    return "left"
+
+
+def _overtaken(root: Path, data_version: str) -> str | None:
+    """Why a triggered run has nothing to do: newer data has a run of its own. None: it is the data version.
+
+    Raises DataError where a person asked for another one.
+    """
+    try:
+        data.require(root, data_version)
+        return None
+    except data.DataError as error:
+        if not _triggered():
+            raise
+        say(str(error))
+        return f"data version {data_version} was overtaken: data.dvc names {data.version(root)}"
 
 
 def _triggered() -> bool:
