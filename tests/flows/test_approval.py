@@ -20,6 +20,7 @@ import pytest
 from httpx import HTTPStatusError
 
 from tests.support.accounts import refuse_deletes
+from tests.support.commands import longview
 from tests.support.mini import executed, flow_environment
 
 pytestmark = pytest.mark.flows
@@ -142,14 +143,6 @@ def registry() -> Any:
     from tasks.registry import Registry
 
     return Registry()
-
-
-def longview(*arguments: str) -> Any:
-    from typer.testing import CliRunner
-
-    from flows.cli import app
-
-    return CliRunner().invoke(app, arguments)
 
 
 def killed(project: Path, server: str, *, at: str) -> None:

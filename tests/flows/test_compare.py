@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 
 from flows import compare, versions
 from flows.versions import Facts
 from tasks import compare as stage
 from tasks import flips, side_by_side
 from tasks.side_by_side import WORKSPACE, Champion, Generation
+from tests.support.commands import longview
 from tests.support.results_data import predictions
 
 DVC_YAML = """
@@ -75,24 +75,16 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def longview(*arguments: str) -> Result:
-    from typer.testing import CliRunner
-
-    from flows.cli import app
-
-    return CliRunner().invoke(app, ["compare", *arguments])
-
-
 def test_generations_of_the_checkout_with_paired_differences(project: Path) -> None:
-    assert "nothing is compared yet" in longview().output
+    assert "nothing is compared yet" in longview("compare").output
     make_run(project, {"base": 0.5, "r1": 0.6})
-    found = json.loads(longview("--json").output)
+    found = json.loads(longview("compare", "--json").output)
     assert [row["name"] for row in found["rows"]] == ["base", "r1"]
     assert found["rows"][1]["previous"]["mean"] == pytest.approx(0.1) and found["rows"][1]["policy"] == "base"
-    said = longview().output
+    said = longview("compare").output
     assert "against the one before" in said and "all_right 158" in said and "53.3" in said
     assert "r1 (candidate)" in said
-    text = longview("--markdown", "-").output
+    text = longview("compare", "--markdown", "-").output
     assert text.startswith("**r1: 60.0") and "points against base" in text
     assert "|  | base | r1 (candidate) |\n" in text and "| reasoning, % | 50.0 (" in text
     md5s = [next(iter(row["checkpoints"].values())) for row in found["rows"]]
@@ -107,22 +99,25 @@ def test_runs_are_read_from_the_cache_or_the_remote_and_paired_where_questions_a
     second = make_run(project, {"base": 0.5, "r1": 0.7})
     other = make_run(project, {"base": 0.5, "r1": 0.8}, ids="new-")
     shutil.rmtree(project / ".dvc/cache")
-    rows = json.loads(longview(first.tag, second.tag, other.tag, "--json").output)["rows"]
+    rows = json.loads(longview("compare", first.tag, second.tag, other.tag, "--json").output)["rows"]
     assert [(row["run"], row["name"]) for row in rows] == [(run.tag, "r1") for run in (first, second, other)]
     assert rows[1]["previous"]["mean"] == pytest.approx(0.1) and rows[2]["previous"] is None
-    every = json.loads(longview(first.tag, second.tag, "--rounds", "--json").output)["rows"]
+    every = json.loads(longview("compare", first.tag, second.tag, "--rounds", "--json").output)["rows"]
     assert [row["name"] for row in every] == ["base", "r1", "base", "r1"]
-    assert "no run version 'nothing'" in longview("nothing").output
+    assert "no run version 'nothing'" in longview("compare", "nothing").output
 
 
 def test_the_page_shows_what_flipped_and_escapes_what_models_write(project: Path, tmp_path: Path) -> None:
     make_run(project, {"base": 0.5, "r1": 0.6})
     page = project / "out/flips.html"
-    said = longview("--html", str(page), "--between", "base", "r1")
+    said = longview("compare", "--html", str(page), "--between", "base", "r1")
     assert said.exit_code == 0 and "40 won, 0 lost" in said.output
     assert page.read_text().count("<article>") == 40 and "the picture cannot be shown" in page.read_text()
     assert "2 generations of that name" not in said.output
-    assert "0 generations of that name" in longview("--html", str(page), "--between", "base", "r9").output
+    assert (
+        "0 generations of that name"
+        in longview("compare", "--html", str(page), "--between", "base", "r9").output
+    )
     old, new = ({**predictions(1.0)[0], "right": right, "reasoning": "<script>"} for right in (True, False))
     text = flips.page(flips.flips([old], [new]), "r1", "r2", flips.Source(lambda name: b""))
     assert "&lt;script&gt;" in text and "<script>" not in text and "right → wrong: 1" in text

@@ -610,12 +610,16 @@ def test_a_run_goes_on_when_prefect_no_longer_reserves_its_place(deployed: Path,
             stdout=output,
             stderr=output,
         )
-        wait_for(lambda: executed(deployed))
-        lease = client.read_flow_run(asked.id).state.state_details.deployment_concurrency_lease_id
-        client.request("POST", "/v2/concurrency_limits/decrement-with-lease", json={"lease_id": str(lease)})
-        wait_for(lambda: "no longer reserves" in log.read_text(), timeout_s=60)
-    (deployed / "control/first.hang").unlink()
-    assert run.wait(60) == 0, log.read_text()
+        try:
+            wait_for(lambda: executed(deployed))
+            lease = client.read_flow_run(asked.id).state.state_details.deployment_concurrency_lease_id
+            given_back = {"lease_id": str(lease)}
+            client.request("POST", "/v2/concurrency_limits/decrement-with-lease", json=given_back)
+            wait_for(lambda: "no longer reserves" in log.read_text(), timeout_s=60)
+            (deployed / "control/first.hang").unlink()
+            assert run.wait(60) == 0, log.read_text()
+        finally:
+            run.kill()
     assert executed(deployed) == ["first", "dpo@r1"] and runs("retrain")[0].state.is_completed()
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 
 from flows import recovery, versions
 from flows.versions import Facts, RunVersion
+from tests.support.commands import longview
 from tests.support.mini import make_project
 
 pytestmark = pytest.mark.flows
@@ -115,14 +115,6 @@ def project(
 @pytest.fixture
 def runs(three_runs: tuple[Path, list[RunVersion]]) -> list[RunVersion]:
     return three_runs[1]
-
-
-def longview(*arguments: str) -> Result:
-    from typer.testing import CliRunner
-
-    from flows.cli import app
-
-    return CliRunner().invoke(app, list(arguments))
 
 
 def objects(project: Path) -> set[Path]:

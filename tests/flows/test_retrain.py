@@ -199,19 +199,26 @@ def test_input_changed_meanwhile_is_refused(project: Path, prefect_server: str) 
         walk.Walk.visit = original  # type: ignore[method-assign]
 
 
-def test_what_could_not_be_pushed_is_pushed_by_the_next_run(
-    project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from flows import pipeline, retrain
+def unreachable(root: Path) -> int:
+    from flows import pipeline
 
-    def unreachable(root: Path) -> int:
-        raise pipeline.PipelineError("the remote is away")
+    raise pipeline.PipelineError("the remote is away")
+
+
+def run_without_a_remote(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import pipeline, retrain
 
     with monkeypatch.context() as away:
         away.setattr(pipeline, "push", unreachable)
         away.setattr(retrain.push, "retries", 0)
         with pytest.raises(pipeline.PipelineError):
             run()
+
+
+def test_what_could_not_be_pushed_is_pushed_by_the_next_run(
+    project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_without_a_remote(monkeypatch)
     assert read_note(project)["unfinished"]
     again = run()
     assert again["ran"] == [] and again["pushed"] > 0
@@ -221,19 +228,11 @@ def test_what_could_not_be_pushed_is_pushed_by_the_next_run(
 def test_what_was_made_by_hand_is_pushed_before_it_is_a_version(
     project: Path, prefect_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows import pipeline, retrain, versions
+    from flows import pipeline, versions
 
     subprocess.run([sys.executable, "-m", "dvc", "repro", "--quiet"], cwd=project, check=True)
-
-    def unreachable(root: Path) -> int:
-        raise pipeline.PipelineError("the remote is away")
-
-    with monkeypatch.context() as away:
-        away.setattr(pipeline, "push", unreachable)
-        away.setattr(retrain.push, "retries", 0)
-        with pytest.raises(pipeline.PipelineError):
-            run()
-        assert versions.versions(project) == []
+    run_without_a_remote(monkeypatch)
+    assert versions.versions(project) == []
     done = run()
     assert done["ran"] == [] and done["pushed"] > 0 and done["tag"]
     assert list((project / ".work/remote").rglob("*.dir"))

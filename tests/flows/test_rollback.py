@@ -17,12 +17,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from click.testing import Result
 
 from flows import data, pipeline, restoring, versions
 from flows.recovery import BusyError
 from flows.restoring import RollbackError
 from flows.versions import Facts, RunVersion
+from tests.support.commands import longview
 from tests.support.mini import REPOSITORY, executed, flow_environment, make_project
 
 pytestmark = pytest.mark.flows
@@ -82,14 +82,6 @@ def project(
 @pytest.fixture
 def runs(two_runs: tuple[Path, list[RunVersion]]) -> list[RunVersion]:
     return two_runs[1]
-
-
-def longview(*arguments: str) -> Result:
-    from typer.testing import CliRunner
-
-    from flows.cli import app
-
-    return CliRunner().invoke(app, list(arguments))
 
 
 def lengths(project: Path) -> dict[str, str]:

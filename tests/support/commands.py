@@ -14,8 +14,10 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from click.testing import Result
 
 
 def run(
@@ -42,3 +44,13 @@ def run(
             f"{' '.join(command)}: still running after {timeout_s:.0f} s\n{said[0][-3000:]}{said[1][-3000:]}"
         )
     return subprocess.CompletedProcess(command, status, *said)
+
+
+def longview(*arguments: str) -> Result:
+    """The command `longview` in this process, whose environment is afterwards as it was before."""
+    from typer.testing import CliRunner
+
+    from flows.cli import app
+
+    with mock.patch.dict(os.environ):
+        return CliRunner().invoke(app, list(arguments))
