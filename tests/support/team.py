@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.chaos import free_port
+from benchmarks.chaos_project import free_port
 from tests.support.mini import REPOSITORY
 
 FILES = REPOSITORY / "deploy/team"
