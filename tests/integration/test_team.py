@@ -15,7 +15,7 @@ from typing import Any
 import boto3
 import pytest
 
-from benchmarks import chaos
+from benchmarks import chaos, chaos_project
 from tasks import promotion
 from tasks.registry import Agents, Registry
 from tests.support.team import REGION, Team, servers, team
@@ -33,9 +33,9 @@ def bucket(found: Team, name: str) -> Any:
 
 
 def checkout(found: Team) -> Path:
-    """The small project of benchmarks/chaos.py with the team's bucket as its DVC remote."""
+    """The small project of benchmarks/chaos_project.py with the team's bucket as its DVC remote."""
     folder = found.folder / "checkout"
-    chaos.make(folder)
+    chaos_project.make(folder)
     key, secret = found.keys["dvc"]
     for words in (
         ["add", "--default", "team", "s3://dvc/longview"],
@@ -51,7 +51,7 @@ def checkout(found: Team) -> Path:
 def dvc(folder: Path, *words: str) -> str:
     command = [sys.executable, "-m", "dvc", *words]
     return subprocess.run(
-        command, cwd=folder, env=chaos.environment(folder), check=True, capture_output=True, text=True
+        command, cwd=folder, env=chaos_project.environment(folder), check=True, capture_output=True, text=True
     ).stdout
 
 
@@ -59,7 +59,7 @@ def longview(folder: Path, client: dict[str, str], *words: str) -> tuple[int, st
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", *words],
         cwd=folder,
-        env={**chaos.environment(folder), **client},
+        env={**chaos_project.environment(folder), **client},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
